@@ -1,0 +1,168 @@
+"""Distillation into few steps: progressive distillation, CFD and RCFD, down a whole ladder of students."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from diffusers import UNet2DModel
+from torch.utils.data import Dataset
+
+from diffusers_rcfd.configs import CFDDistillationConfig
+from diffusers_rcfd.diffusion_trainer import check_images_fit, conditioning, sample_grid
+from diffusers_rcfd.feature_classifier import FeatureClassifier
+from diffusers_rcfd.image_data import flip
+from diffusers_rcfd.losses import diversity, dual_temperature_kl, entropy, feature_kl, rcfd_loss, x0_loss
+from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
+from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
+from diffusers_rcfd.targets import ddim_target
+from diffusers_rcfd.training import Stage, Trainer
+
+
+class CFDDistillationTrainer(Trainer):
+    """Distils a teacher into students of ever fewer steps; each rung's student is the next one's teacher.
+
+    Args:
+        teacher (`RCFDPipeline`): a base model, or a student distilled for some number of steps.
+        classifier (`FeatureClassifier`, *optional*): frozen, gives the features of CFD; only pd does without.
+        config (`CFDDistillationConfig`): the options; defaults are the paper's (appendix C.4).
+        train_dataset (`torch.utils.data.Dataset`): see `Trainer`.
+        student (`UNet2DModel`, *optional*): first weights of the first student; the teacher's if not given.
+
+    Raises:
+        ValueError: if step counts, images, classifier and student do not fit the teacher.
+    """
+
+    def __init__(
+        self,
+        teacher: RCFDPipeline,
+        classifier: FeatureClassifier | None = None,
+        config: CFDDistillationConfig | None = None,
+        train_dataset: Dataset = None,
+        student: UNet2DModel | None = None,
+    ):
+        config = config or CFDDistillationConfig()
+        super().__init__(config, train_dataset)
+        scheduler = teacher.scheduler
+        self.teacher, self.student, self.classifier = teacher, student, classifier
+        self.rungs = config.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
+        check_images_fit(teacher, train_dataset)
+        self._check_student()
+        self._check_classifier()
+        self.rung = self.rungs[0]
+
+    def _check_student(self) -> None:
+        if self.student is None:
+            return
+        for name in ("sample_size", "in_channels", "out_channels", "num_class_embeds"):
+            given, wanted = self.student.config[name], self.teacher.unet.config[name]
+            if given != wanted:
+                raise ValueError(f"`student` must have the teacher's {name}={wanted}, got {given}.")
+
+    def _check_classifier(self) -> None:
+        guided = [rung for rung in self.rungs if rung.objective != "pd"]
+        if not guided:
+            return
+        if self.classifier is None:
+            raise ValueError(f"`classifier` is needed by objective {guided[0].objective!r}; only 'pd' does without.")
+        channels, wanted = self.teacher.image_shape[0], self.classifier.config.in_channels
+        if channels != wanted and channels != 1:
+            raise ValueError(f"`classifier` must take images of {channels} channel(s), got one for {wanted}.")
+        uses_predictions = any(rung.regularization_weight > 0 for rung in guided)
+        if uses_predictions and self.classifier.config.num_classes < 2:
+            raise ValueError(
+                "`classifier` must have at least 2 classes for entropy and diversity, got "
+                f"{self.classifier.config.num_classes}: use objective 'cfd' or `regularization_weight=0`."
+            )
+        if self.config.cfd_weight == 0 and not uses_predictions:
+            raise ValueError("`cfd_weight` must be above 0 where `regularization_weight` is 0: no loss is left.")
+
+    def stages(self, first: int) -> Iterator[Stage]:
+        """A student for each rung, from rung `first` on, each copied from its teacher."""
+        if first:
+            self.teacher = RCFDPipeline.from_pretrained(str(self.output_dir / self.rungs[first - 1].name))
+        for index, rung in enumerate(self.rungs[first:], first):
+            self.rung = rung
+            teacher = self.teacher.unet.to(self.accelerator.device).eval().requires_grad_(False)
+            student = self.student if self.student is not None and index == 0 else copy.deepcopy(teacher)
+            scheduler_config = dict(self.teacher.scheduler.config) | {"num_inference_steps": self.rung.student_steps}
+            self.scheduler = RCFDScheduler.from_config(scheduler_config)
+            if self.classifier is not None:
+                self.classifier.to(self.accelerator.device).freeze()
+            yield Stage(self.rung.name, index, student.requires_grad_(True), self.rung.max_train_steps)
+            self.teacher = RCFDPipeline(self.model, self.scheduler)
+
+    def train(self) -> RCFDPipeline:
+        """Run the ladder; each student is saved as `output_dir/N-step`, and the last one is returned."""
+        super().train()
+        return self.teacher
+
+    def finish_stage(self, stage: Stage) -> None:
+        """Save the student of this rung."""
+        RCFDPipeline(stage.model, self.scheduler).save_pretrained(self.output_dir / stage.name)
+
+    def sample_images(self, stage: Stage) -> torch.Tensor:
+        """The student's samples in its own number of steps, from noise that is the same at every call."""
+        return sample_grid(RCFDPipeline(self._unwrapped(), self.scheduler), self.config)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Noise, steps k uniform on the student's grid 1..N, and which images to mirror."""
+        shape, device = (batch_size, *self.teacher.image_shape), generator.device
+        return {
+            "noise": torch.randn(shape, generator=generator, device=device),
+            "k": torch.randint(1, self.rung.student_steps + 1, (batch_size,), generator=generator, device=device),
+            "flip": torch.rand(batch_size, generator=generator, device=device) < self.config.random_flip / 2,
+        }
+
+    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named terms of the rung's objective, on a batch.
+
+        Args:
+            batch (`dict`): "images" in [-1, 1] and "noise", both (B, C, H, W); "k" (B,) in 1..N; "flip" (B,);
+                "labels" (B,) for a class-conditional teacher.
+
+        Returns:
+            `dict`: scalars "loss" and, for cfd and rcfd, "cfd", "entropy" and "diversity".
+        """
+        scheduler, rung, k = self.scheduler, self.rung, batch["k"]
+        labels = conditioning(self.teacher, batch)
+        x0 = flip(batch["images"], batch["flip"])
+        t = scheduler.step_table(rung.student_steps, like=x0)[0][k]
+        z_t = scheduler.add_noise(x0, batch["noise"], t)
+
+        def teacher(z, t):
+            with self.accelerator.autocast():
+                prediction = self.teacher.unet(z, t, labels).sample
+            return scheduler.predict_x0(prediction.float(), z, t)
+
+        x0_target = ddim_target(teacher, scheduler, z_t, k, rung.student_steps, rung.teacher_steps)
+        x0_pred = scheduler.predict_x0(self.model(z_t, t, labels).sample, z_t, t)
+        if rung.objective == "pd":
+            alpha, sigma = scheduler.alpha_sigma(t, z_t)
+            return {"loss": x0_loss(x0_pred, x0_target, alpha, sigma, self.config.loss_weighting).mean()}
+        return self._feature_terms(x0_pred, x0_target)
+
+    def _feature_terms(self, x0_pred: torch.Tensor, x0_target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """CFD, entropy and diversity of the student's x0 against the teacher's (Eq. 4 to 8)."""
+        config, rung = self.config, self.rung
+        with self.accelerator.autocast():
+            student = self.classifier(x0_pred)
+            with torch.no_grad():
+                teacher = self.classifier(x0_target)
+        of_student, of_teacher = (
+            (student.features, teacher.features)
+            if config.distribution == "features"
+            else (student.logits, teacher.logits)
+        )
+        kl = dual_temperature_kl if config.dual_temperature else feature_kl
+        cfd = kl(of_student, of_teacher, rung.temperature).mean()
+        if rung.objective == "cfd":
+            return {"loss": config.cfd_weight * cfd, "cfd": cfd}
+        terms = {"cfd": cfd, "entropy": entropy(student.logits).mean(), "diversity": diversity(student.logits)}
+        loss = rcfd_loss(
+            config.cfd_weight * cfd,
+            terms["entropy"],
+            terms["diversity"],
+            rung.regularization_weight,
+            rung.entropy_ratio,
+        )
+        return {"loss": loss, **terms}

@@ -1,0 +1,113 @@
+"""Training of the base diffusion model."""
+
+from collections.abc import Iterator
+
+import torch
+from diffusers import UNet2DModel
+from torch.utils.data import Dataset
+
+from diffusers_rcfd.configs import DiffusionConfig
+from diffusers_rcfd.image_data import flip
+from diffusers_rcfd.losses import x0_loss
+from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
+from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
+from diffusers_rcfd.training import Stage, Trainer, derived_seed
+
+
+class DiffusionTrainer(Trainer):
+    """Trains a U-Net to predict x0 (or eps, or v) at every noise level, by the loss max(mse(x0), mse(eps)).
+
+    Args:
+        unet (`UNet2DModel`): the network; its dropout is used as it is.
+        scheduler (`RCFDScheduler`): the schedule, and what the network predicts.
+        config (`DiffusionConfig`): the options; defaults are the paper's (appendix C.3).
+        train_dataset (`torch.utils.data.Dataset`): see `Trainer`; labels are used by a class-conditional network.
+
+    Raises:
+        ValueError: if the images do not have the network's shape, or labels are missing or out of range.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: RCFDScheduler, config: DiffusionConfig, train_dataset: Dataset):
+        super().__init__(config, train_dataset)
+        self.pipeline = RCFDPipeline(unet, scheduler)
+        check_images_fit(self.pipeline, train_dataset)
+
+    def stages(self, first: int) -> Iterator[Stage]:
+        """The base model is the only stage."""
+        if first == 0:
+            yield Stage("base", 0, self.pipeline.unet, self.config.max_train_steps)
+        else:
+            self.pipeline = RCFDPipeline.from_pretrained(str(self.output_dir))
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Noise, noise levels t uniform on 0..T, and which images to mirror."""
+        shape, device = (batch_size, *self.pipeline.image_shape), generator.device
+        n = len(self.pipeline.scheduler)
+        return {
+            "noise": torch.randn(shape, generator=generator, device=device),
+            "t": torch.randint(n, (batch_size,), generator=generator, device=device),
+            "flip": torch.rand(batch_size, generator=generator, device=device) < self.config.random_flip / 2,
+        }
+
+    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The truncated-SNR loss of a batch (design: base training)."""
+        scheduler, t = self.pipeline.scheduler, batch["t"]
+        x0 = flip(batch["images"], batch["flip"])
+        z_t = scheduler.add_noise(x0, batch["noise"], t)
+        prediction = self.model(z_t, t, conditioning(self.pipeline, batch)).sample
+        x0_pred = scheduler.predict_x0(prediction, z_t, t)
+        return {"loss": x0_loss(x0_pred, x0, *scheduler.alpha_sigma(t, x0), self.config.loss_weighting).mean()}
+
+    def train(self) -> RCFDPipeline:
+        """Train, save to `output_dir` and return the pipeline."""
+        super().train()
+        return self.pipeline
+
+    def finish_stage(self, stage: Stage) -> None:
+        """Save the pipeline."""
+        self.pipeline.save_pretrained(self.output_dir)
+
+    def sample_images(self, stage: Stage) -> torch.Tensor:
+        """DDIM samples from noise that is the same at every call."""
+        pipeline = RCFDPipeline(self._unwrapped(), self.pipeline.scheduler)
+        return sample_grid(pipeline, self.config, self.config.sample_inference_steps)
+
+
+def conditioning(pipeline: RCFDPipeline, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The class labels of a batch (B,), for a class-conditional model; else None."""
+    return batch["labels"] if pipeline.unet.config.num_class_embeds is not None else None
+
+
+def sample_grid(pipeline: RCFDPipeline, config, num_inference_steps: int | None = None) -> torch.Tensor:
+    """Images (B, C, H, W) in [0, 1] of `config.num_sample_images`, from noise fixed by the seed."""
+    pipeline.set_progress_bar_config(disable=True)
+    num_classes = pipeline.unet.config.num_class_embeds
+    labels = None if num_classes is None else [i % num_classes for i in range(config.num_sample_images)]
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, 0))
+    latents = torch.randn((config.num_sample_images, *pipeline.image_shape), generator=generator)
+    return pipeline(
+        batch_size=config.num_sample_images,
+        num_inference_steps=num_inference_steps,
+        latents=latents,
+        class_labels=labels,
+        output_type="pt",
+    ).images
+
+
+def check_images_fit(pipeline: RCFDPipeline, dataset: Dataset) -> None:
+    """Raise a `ValueError` if the images or labels of a data set do not suit the network of a pipeline."""
+    shape, num_classes = getattr(dataset, "image_shape", None), getattr(dataset, "num_classes", None)
+    if shape is None:
+        first = next(iter(dataset))
+        shape, num_classes = tuple(first["images"].shape), None
+    if tuple(shape) != pipeline.image_shape:
+        raise ValueError(
+            f"`train_dataset` must hold images of shape (C, H, W) = {pipeline.image_shape}, as the network does, "
+            f"got {tuple(shape)}: set `resolution` and `channels`."
+        )
+    wanted = pipeline.unet.config.num_class_embeds
+    if wanted is not None and (num_classes is None or num_classes > wanted):
+        raise ValueError(
+            f"`train_dataset` must have class labels in 0..{wanted - 1} for `num_class_embeds`={wanted}, "
+            f"got {num_classes or 'no'} classes."
+        )

@@ -1,0 +1,144 @@
+"""The few-step generator: a U-Net and an RCFDScheduler."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from diffusers import DDIMPipeline, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class RCFDPipeline(DiffusionPipeline):
+    """Pipeline that samples images in the few steps a student was distilled for, or from a base model in any number.
+
+    Saved, it is a stock `DDIMPipeline` that plain Diffusers loads too (call that one with `num_inference_steps=N,
+    use_clipped_model_output=True`), and it carries its own code as `pipeline.py` for `custom_pipeline`.
+
+    Args:
+        unet (`UNet2DModel`): the network, unconditional or class-conditional.
+        scheduler (`RCFDScheduler`): or any scheduler with a DDIM-like config, which is turned into one.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: UNet2DModel, scheduler: RCFDScheduler):
+        super().__init__()
+        if not isinstance(scheduler, RCFDScheduler):
+            scheduler = RCFDScheduler.from_config(scheduler.config)
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample images.
+
+        Args:
+            batch_size (`int`, defaults to 1): number of images; that of `latents` where those are given.
+            num_inference_steps (`int`, *optional*): network evaluations N; defaults to what the model was distilled
+                for, whose divisors are allowed too. A base model takes any number in 1..n - 1 (default n - 1).
+            generator (`torch.Generator` or a list of `batch_size` of them, *optional*): the source of the noise,
+                one for the batch or one for each image.
+            class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): one class for all, or one for each
+                image, in 0..num_class_embeds - 1; needed by, and only by, class-conditional models.
+            latents (`torch.Tensor`, *optional*): the noise itself, (batch_size, C, H, W).
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), the last
+                two in [0, 1].
+            return_dict (`bool`, defaults to `True`): an `ImagePipelineOutput`, else a tuple.
+
+        Raises:
+            ValueError: for a value outside those named above.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        device = self._execution_device
+        z = self._initial_noise(batch_size, generator, latents, device)
+        class_labels = self._check_class_labels(class_labels, len(z), device)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            model_output = self.unet(z.to(self.unet.dtype), t, class_labels, return_dict=False)[0]
+            z = self.scheduler.step(model_output.float(), t, z, return_dict=False)[0]
+
+        images = (z / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _initial_noise(self, batch_size, generator, latents, device) -> torch.Tensor:
+        """z_T (B, C, H, W) in float32, whatever the network's number type, so that noise depends on the seed alone."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
+        if latents is not None:
+            if latents.ndim != 4 or latents.shape[1:] != self.image_shape or batch_size not in (1, len(latents)):
+                raise ValueError(
+                    f"`latents` must have the shape (batch_size, C, H, W) = {(batch_size, *self.image_shape)}, got "
+                    f"{tuple(latents.shape)}."
+                )
+            return latents.to(device, torch.float32)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` as a list must hold one generator for each of the `batch_size`={batch_size} images, "
+                f"got {len(generator)}."
+            )
+        return randn_tensor((batch_size, *self.image_shape), generator=generator, device=device, dtype=torch.float32)
+
+    def _check_class_labels(self, class_labels, batch_size, device) -> torch.Tensor | None:
+        """Class labels as a tensor (B,), or None for an unconditional model."""
+        num_classes = self.unet.config.num_class_embeds
+        if num_classes is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` must be None: this model is unconditional.")
+            return None
+        if class_labels is None:
+            raise ValueError(f"`class_labels` must be given, in 0..{num_classes - 1}: the model is class-conditional.")
+        labels = torch.as_tensor(class_labels)
+        if labels.is_floating_point() or labels.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(
+                f"`class_labels` must be one integer or {batch_size} integers, got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}."
+            )
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"`class_labels` must be in 0..{num_classes - 1}, got {labels.tolist()}.")
+        return labels.to(device).expand(batch_size)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save as a stock `DDIMPipeline` in safetensors, with this class beside it as `pipeline.py`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder, made if it is missing.
+            kwargs: passed to `DiffusionPipeline.save_pretrained` (`push_to_hub`, `variant`, ...).
+        """
+        save_directory = Path(save_directory)
+        save_directory.mkdir(parents=True, exist_ok=True)
+        (save_directory / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
+        stock = DDIMPipeline(unet=self.unet, scheduler=self.scheduler.to_ddim())
+        stock.save_pretrained(str(save_directory), **kwargs)
+
+
+def pipeline_source() -> str:
+    """The pipeline and its scheduler as one Python file that needs Diffusers and nothing of ours."""
+    files = dict.fromkeys(inspect.getsourcefile(part) for part in (RCFDScheduler, RCFDPipeline))
+    source = "\n\n".join(Path(file).read_text(encoding="utf-8") for file in files)
+    return "".join(line for line in source.splitlines(True) if not line.startswith("from diffusers_rcfd"))

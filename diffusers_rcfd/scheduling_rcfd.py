@@ -1,0 +1,343 @@
+"""The diffusion process: schedule, step grid, DDIM step and the conversions between x0, eps and v."""
+
+import math
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
+
+
+def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Tensor:
+    """Betas of the cosine schedule (Nichol and Dhariwal 2021, Eq. 17), float64, shape (num_train_timesteps,)."""
+    u = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
+
+
+def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Betas whose last SNR is zero and whose first is kept (Lin et al. 2023, Algorithm 1), shape (n,)."""
+    alpha = (1 - betas).cumprod(0).sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    alpha_bar = alpha**2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def x0_from_eps(eps, z_t, alpha, sigma):
+    """Solve z_t = alpha x0 + sigma eps for x0."""
+    return (z_t - sigma * eps) / alpha
+
+
+def x0_from_v(v, z_t, alpha, sigma):
+    """x0 of the velocity v = alpha eps - sigma x0 (Salimans and Ho 2022, appendix D)."""
+    return alpha * z_t - sigma * v
+
+
+def eps_from_x0(x0, z_t, alpha, sigma):
+    """Solve z_t = alpha x0 + sigma eps for eps."""
+    return (z_t - alpha * x0) / sigma
+
+
+def v_from_x0(x0, z_t, alpha, sigma):
+    """Velocity alpha eps - sigma x0 of a denoised image x0 at z_t."""
+    return (alpha * z_t - x0) / sigma
+
+
+def ddim_coefficients(alpha_t, sigma_t, alpha_s, sigma_s):
+    """The DDIM step (eta = 0) as z_s = a x0 + b z_t: returns (a, b) (RCFD paper, Eq. 1)."""
+    b = sigma_s / sigma_t
+    return alpha_s - b * alpha_t, b
+
+
+class RCFDScheduler(SchedulerMixin, ConfigMixin):
+    """DDIM-style deterministic scheduler whose N-step grids nest, for students of 1 to 4 steps.
+
+    Step k of an N-step sampler stands at index `round(k (n - 1) / N)` of the n-entry schedule, k = N..0, so the
+    N-step grid is a subset of the 2N-step grid and a student that halves its teacher's steps meets it exactly.
+    The last step goes to index 0. Takes any config that `DDIMScheduler` can name (`RCFDScheduler.from_config`);
+    of such a config, `timestep_spacing`, `steps_offset` and `set_alpha_to_one` are replaced by the grid above.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1025): entries n of the schedule, indices 0..n - 1.
+        beta_start (`float`, defaults to 0.0001): first beta of `linear`, `scaled_linear` and `sigmoid`.
+        beta_end (`float`, defaults to 0.02): last beta of the same.
+        beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`): `"linear"`, `"scaled_linear"`, `"sigmoid"` or
+            `"squaredcos_cap_v2"` (cosine, betas clipped at 0.999).
+        trained_betas (`list[float]`, *optional*): n betas in (0, 1) that replace the named schedule.
+        prediction_type (`str`, defaults to `"sample"`): what the network predicts: `"sample"` (x0), `"epsilon"`
+            or `"v_prediction"`.
+        clip_sample (`bool`, defaults to `True`): clip the predicted x0 when sampling.
+        clip_sample_range (`float`, defaults to 1.0): bound of that clip.
+        rescale_betas_zero_snr (`bool`, defaults to `False`): move the schedule to zero terminal SNR; not possible
+            with `epsilon`.
+        num_inference_steps (`int`, *optional*): steps N that a student was distilled for, 1..n - 1; `None` for a
+            base model, which takes any number.
+
+    Raises:
+        ValueError: for a value outside those named above.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1025,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "squaredcos_cap_v2",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "sample",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+        num_inference_steps: int | None = None,
+    ):
+        # A default left out of the config would be read as another scheduler's default by its `from_config`.
+        self.register_to_config(_use_default_values=[])
+        n = num_train_timesteps
+        if not isinstance(n, int) or n < 2:
+            raise ValueError(f"`num_train_timesteps` must be an integer of at least 2, got {n!r}.")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+        if rescale_betas_zero_snr and prediction_type == "epsilon":
+            raise ValueError(
+                "`rescale_betas_zero_snr=True` leaves no image in z_T, which `prediction_type='epsilon'` must divide "
+                "by: use 'sample' or 'v_prediction'."
+            )
+
+        if trained_betas is not None:
+            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+            if betas.shape != (n,) or not ((betas > 0) & (betas < 1)).all():
+                raise ValueError(
+                    f"`trained_betas` must hold `num_train_timesteps`={n} values in (0, 1), got shape "
+                    f"{tuple(betas.shape)} from {betas.min():.3g} to {betas.max():.3g}."
+                )
+        elif beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(f"`beta_schedule` must be one of {BETA_SCHEDULES}, got {beta_schedule!r}.")
+        elif beta_schedule != "squaredcos_cap_v2" and not 0 < beta_start <= beta_end < 1:
+            raise ValueError(
+                f"`beta_start` and `beta_end` must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and "
+                f"{beta_end}."
+            )
+        elif beta_schedule == "linear":
+            betas = torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
+        elif beta_schedule == "scaled_linear":
+            betas = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
+        elif beta_schedule == "sigmoid":
+            betas = torch.linspace(-6, 6, n, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
+        else:
+            betas = cosine_betas(n)
+        if rescale_betas_zero_snr:
+            betas = zero_terminal_snr(betas)
+
+        self.alphas_cumprod = (1 - betas).cumprod(0)  # (n,), float64
+        self.alpha = self.alphas_cumprod.sqrt()
+        self.sigma = (1 - self.alphas_cumprod).sqrt()
+        self._device_tables = {}  # copies of (n, 2) and (N + 1, 2) tables where they were asked for
+        self.set_timesteps(num_inference_steps or n - 1)
+
+    @classmethod
+    def from_config(cls, config, return_unused_kwargs=False, **kwargs):
+        """Build from any DDIM-like config; a stock config saved by `to_ddim` keeps its `num_inference_steps`."""
+        # Stock configs list which values were their own defaults; ours differ, so every value is taken as it stands.
+        config = {key: value for key, value in dict(config).items() if key != "_use_default_values"}
+        if "_num_inference_steps" in config:
+            config["num_inference_steps"] = config.pop("_num_inference_steps")
+        if config.get("thresholding"):
+            logger.warning("`thresholding` is not applied by RCFDScheduler: the predicted x0 is clipped instead.")
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def to_ddim(self) -> DDIMScheduler:
+        """The stock `DDIMScheduler` of the same schedule, on the same grid for `config.num_inference_steps` = N.
+
+        The grids are equal when N divides n - 1; otherwise the stock scheduler stands up to one index beside ours,
+        which is logged. A base model (N is `None`) is given the grid of n - 1 steps.
+        """
+        n, N = self.config.num_train_timesteps, self.config.num_inference_steps or self.config.num_train_timesteps - 1
+        if (n - 1) % N:
+            logger.warning(
+                f"Stock DDIMScheduler has no {N}-step grid from {n - 1} to 0: plain Diffusers will sample up to one "
+                f"index beside RCFDScheduler."
+            )
+        named = self.config.beta_schedule != "sigmoid"  # which DDIMScheduler cannot name
+        scheduler = DDIMScheduler(
+            num_train_timesteps=n,
+            beta_start=self.config.beta_start,
+            beta_end=self.config.beta_end,
+            beta_schedule=self.config.beta_schedule if named else "linear",
+            trained_betas=self.config.trained_betas if named else (1 - self._alpha_ratios()).tolist(),
+            prediction_type=self.config.prediction_type,
+            clip_sample=self.config.clip_sample,
+            clip_sample_range=self.config.clip_sample_range,
+            rescale_betas_zero_snr=self.config.rescale_betas_zero_snr,
+            timestep_spacing="leading",
+            steps_offset=n - 1 - (N - 1) * (n // N),
+            set_alpha_to_one=False,
+        )
+        # The underscore keeps stock `from_pretrained` from warning of a key that it does not know.
+        scheduler.register_to_config(_num_inference_steps=self.config.num_inference_steps)
+        return scheduler
+
+    def _alpha_ratios(self) -> torch.Tensor:
+        return torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
+
+    # --- grid -------------------------------------------------------------------------------------------------
+
+    def grid(self, num_inference_steps: int) -> list[int]:
+        """Indices t_k = round(k (n - 1) / N) of an N-step sampler, for k = 0..N, rising from 0 to n - 1.
+
+        Raises:
+            ValueError: if `num_inference_steps` is outside 1..n - 1.
+        """
+        last, N = self.config.num_train_timesteps - 1, num_inference_steps
+        if isinstance(N, bool) or not isinstance(N, int) or not 1 <= N <= last:
+            raise ValueError(f"`num_inference_steps` must be an integer in 1..{last}, got {N!r}.")
+        return [round(k * last / N) for k in range(N + 1)]
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None):
+        """Prepare the N-step sampler: sets `timesteps` (N indices, falling) and the coefficients of each step.
+
+        Args:
+            num_inference_steps (`int`, *optional*): N; defaults to what the model was distilled for, else to n - 1.
+                A model distilled for N steps also takes the divisors of N.
+            device (`torch.device`, *optional*): where `timesteps` is put.
+
+        Raises:
+            ValueError: for a step count outside 1..n - 1, or one that the model was not made for.
+        """
+        made_for = self.config.num_inference_steps
+        if num_inference_steps is None:
+            num_inference_steps = made_for or self.config.num_train_timesteps - 1
+        grid = self.grid(num_inference_steps)
+        if made_for is not None and made_for % num_inference_steps:
+            allowed = [N for N in range(1, made_for + 1) if made_for % N == 0]
+            raise ValueError(
+                f"`num_inference_steps` must be one of {allowed}: this model was distilled for {made_for} steps, "
+                f"got {num_inference_steps}."
+            )
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.tensor(grid[:0:-1], device=device)
+        self._coefficients = {t: self._step_coefficients(t, s) for s, t in zip(grid, grid[1:], strict=False)}
+        self._upcoming = iter(grid[:0:-1])
+
+    def _step_coefficients(self, t: int, s: int) -> tuple[float, float, float, float]:
+        """(c_z, c_out, a, b) of x0 = c_z z_t + c_out network and z_s = a x0 + b z_t, as Python floats."""
+        alpha, sigma = self.alpha[t].item(), self.sigma[t].item()
+        c_z, c_out = {
+            "sample": (0.0, 1.0),
+            "epsilon": (1 / max(alpha, 1e-300), -sigma / max(alpha, 1e-300)),
+            "v_prediction": (alpha, -sigma),
+        }[self.config.prediction_type]
+        return c_z, c_out, *ddim_coefficients(alpha, sigma, self.alpha[s].item(), self.sigma[s].item())
+
+    # --- sampling ---------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+        """Return `sample` unchanged; here for interchange with other schedulers."""
+        return sample
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple:
+        """One DDIM step with eta = 0 from `timestep` to the next index of the grid (paper Eq. 1).
+
+        Nothing is read back from the device: a `timestep` that lies there is taken to be the next of `timesteps`.
+
+        Args:
+            model_output (`torch.Tensor`): the network's prediction, (B, C, H, W).
+            timestep (`int` or `torch.Tensor`): one of `timesteps`.
+            sample (`torch.Tensor`): z_t, (B, C, H, W).
+            return_dict (`bool`, defaults to `True`): a `DDIMSchedulerOutput`, else a tuple.
+
+        Returns:
+            `prev_sample` z_s and `pred_original_sample` x0 (clipped when `clip_sample`), both (B, C, H, W).
+
+        Raises:
+            ValueError: if `timestep` is not on the grid of `set_timesteps`.
+        """
+        upcoming = next(self._upcoming, None)
+        t = upcoming if isinstance(timestep, torch.Tensor) and not timestep.device.type == "cpu" else int(timestep)
+        if t not in self._coefficients:
+            raise ValueError(f"`timestep` must be one of {sorted(self._coefficients)}, got {t}.")
+        if t != upcoming:
+            self._upcoming = (later for later in sorted(self._coefficients, reverse=True) if later < t)
+        c_z, c_out, a, b = self._coefficients[t]
+
+        x0 = model_output if self.config.prediction_type == "sample" else c_z * sample + c_out * model_output
+        if self.config.clip_sample:
+            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        prev_sample = torch.add(b * sample, x0, alpha=a)
+        if not return_dict:
+            return prev_sample, x0
+        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def alpha_sigma(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha_t and sigma_t for a batch of indices, shaped to broadcast over `like`.
+
+        Args:
+            t (`torch.Tensor`): indices 0..n - 1, shape (B,).
+            like (`torch.Tensor`): a tensor (B, ...) whose device and number type (at least float32) are taken.
+
+        Returns:
+            two tensors of shape (B, 1, ..., 1).
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = (like.device, dtype)
+        if key not in self._device_tables:
+            self._device_tables[key] = torch.stack([self.alpha, self.sigma], dim=1).to(like.device, dtype)  # (n, 2)
+        alpha, sigma = self._device_tables[key][t.to(like.device)].unbind(1)
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return alpha.view(shape), sigma.view(shape)
+
+    def step_table(self, num_inference_steps: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The N-step grid and its unclipped steps z_s = a x0 + b z_t, on the device of `like`.
+
+        Args:
+            num_inference_steps (`int`): N.
+            like (`torch.Tensor`): gives device and number type (at least float32).
+
+        Returns:
+            the indices t_k, (N + 1,), and the coefficients (a, b) of the step from t_k to t_{k-1}, (N + 1, 2), whose
+            row 0 is NaN.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = (like.device, dtype, num_inference_steps)
+        if key not in self._device_tables:
+            t = torch.tensor(self.grid(num_inference_steps))
+            alpha, sigma = self.alpha[t], self.sigma[t]
+            steps = torch.stack(ddim_coefficients(alpha[1:], sigma[1:], alpha[:-1], sigma[:-1]), dim=1)  # (N, 2)
+            steps = torch.cat([torch.full((1, 2), torch.nan, dtype=steps.dtype), steps])
+            self._device_tables[key] = t.to(like.device), steps.to(like.device, dtype)
+        return self._device_tables[key]
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """z_t = alpha_t x0 + sigma_t eps: `original_samples` x0 and `noise` eps (B, C, H, W), `timesteps` (B,)."""
+        alpha, sigma = self.alpha_sigma(timesteps, original_samples)
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v = alpha_t eps - sigma_t x0: `sample` x0 and `noise` eps (B, C, H, W), `timesteps` (B,)."""
+        alpha, sigma = self.alpha_sigma(timesteps, sample)
+        return (alpha * noise - sigma * sample).to(sample.dtype)
+
+    def predict_x0(self, model_output: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x0 (unclipped) from what the network predicts, by `prediction_type`; (B, C, H, W), t (B,)."""
+        if self.config.prediction_type == "sample":
+            return model_output
+        from_prediction = {"epsilon": x0_from_eps, "v_prediction": x0_from_v}[self.config.prediction_type]
+        return from_prediction(model_output, z_t, *self.alpha_sigma(t, z_t))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps

@@ -1,0 +1,427 @@
+"""The loop that every trainer shares, on Accelerate: batches, steps, metrics, samples, checkpoints and resume.
+
+Everything random in a step is a function of (seed, stage, step): the order of the images, the noise, the noise
+levels and the dropout. A resumed run therefore repeats the run that was never stopped, and p processes with batches
+of B / p draw what one process with batches of B draws.
+"""
+
+import itertools
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from tqdm.auto import tqdm
+
+from diffusers_rcfd.configs import TrainingConfig
+from diffusers_rcfd.image_data import to_model_range
+
+STATE_FILE = "trainer_state.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+def derived_seed(*numbers: int) -> int:
+    """One seed from several numbers, well mixed, in 0..2^63 - 1."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class RandomBatches(Sampler):
+    """Endless batches of image indices, shuffled anew each epoch, beginning at any batch.
+
+    Batch i is a function of the arguments alone. Each process receives its share of a batch that is common to all.
+
+    Args:
+        num_images (`int`): images of the data set; the rest that does not fill a batch is left out of an epoch.
+        batch_size (`int`): images for each process.
+        seed (`int`): of the shuffling.
+        first (`int`, defaults to 0): number of the first batch.
+        process_index, num_processes (`int`, default to 0 and 1): whose share of each batch.
+    """
+
+    def __init__(self, num_images, batch_size, seed, first=0, process_index=0, num_processes=1):
+        self.num_images, self.batch_size, self.seed, self.first = num_images, batch_size, seed, first
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __iter__(self):
+        together = self.batch_size * self.num_processes
+        batches_per_epoch = self.num_images // together
+        epoch = None
+        for number in itertools.count(self.first):
+            if epoch != number // batches_per_epoch:
+                epoch = number // batches_per_epoch
+                generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+                order = torch.randperm(self.num_images, generator=generator)
+            start = number % batches_per_epoch * together + self.process_index * self.batch_size
+            yield order[start : start + self.batch_size].tolist()
+
+
+@dataclass
+class Stage:
+    """One model, trained from its first step to its last: the only stage of most trainers, a rung of a ladder."""
+
+    name: str
+    index: int
+    model: torch.nn.Module
+    max_train_steps: int
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands, as saved in a checkpoint: `step` counts within the stage, `global_step` over all."""
+
+    stage: int = 0
+    step: int = 0
+    global_step: int = 0
+    window: dict[str, float] = field(default_factory=dict)  # sums of the loss terms since the last line of metrics
+
+
+class Trainer:
+    """Base of the trainers. A trainer gives `stages`, `draw` and `compute_loss`, and may extend `finish_stage`,
+    `sample_images` and `log_extra`; `train` does the rest.
+
+    Args:
+        config (`TrainingConfig`): the options.
+        train_dataset (`torch.utils.data.Dataset`): items `{"images": uint8 or [-1, 1] float (C, H, W), "labels"}`,
+            such as `load_image_data` returns.
+    """
+
+    def __init__(self, config: TrainingConfig, train_dataset: Dataset):
+        self.config, self.train_dataset = config, train_dataset
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            # One step of the learning-rate schedule for each optimizer step, on any number of processes.
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
+        self.state = TrainerState()
+        self.model = None  # of the stage under way, prepared by Accelerate
+        self.ema = None
+        together = config.train_batch_size * self.accelerator.num_processes
+        if not isinstance(train_dataset, IterableDataset) and len(train_dataset) < together:
+            raise ValueError(
+                f"`train_batch_size` must be at most the {len(train_dataset)} images of the data set over the "
+                f"{self.accelerator.num_processes} process(es), got {config.train_batch_size}."
+            )
+
+    # --- what a trainer gives -----------------------------------------------------------------------------------
+
+    def stages(self, first: int) -> Iterator[Stage]:
+        """The models to train, one after another, from stage `first` on."""
+        raise NotImplementedError
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The random numbers that `compute_loss` needs for a batch, each (batch_size, ...), by name."""
+        raise NotImplementedError
+
+    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named scalar terms of the loss, among them "loss", of `batch`: images (B, C, H, W), labels and draws."""
+        raise NotImplementedError
+
+    def finish_stage(self, stage: Stage) -> None:
+        """Save the result of a stage; its model holds the final (averaged) weights."""
+
+    def sample_images(self, stage: Stage) -> torch.Tensor | None:
+        """Images (B, C, H, W) in [0, 1] from fixed noise for the sample grid, or None."""
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train every stage, from the beginning or from a checkpoint.
+
+        Raises:
+            ValueError: if `output_dir` is not empty and neither resumed from nor overwritten.
+            FileNotFoundError: if `resume_from_checkpoint` names no whole checkpoint.
+        """
+        checkpoint = self._open_output_dir()
+        if checkpoint is not None:
+            self.state = TrainerState(**json.loads((checkpoint / STATE_FILE).read_text()))
+        self._record_run()
+        for stage in self.stages(self.state.stage):
+            self._run_stage(stage, checkpoint)
+            checkpoint = None
+        self.accelerator.end_training()
+
+    def _run_stage(self, stage: Stage, checkpoint: Path | None) -> None:
+        config, accelerator, state = self.config, self.accelerator, self.state
+        optimizer, lr_scheduler = self._prepare(stage, checkpoint)
+        batches = self._batches(stage)
+        bar = tqdm(
+            total=stage.max_train_steps,
+            initial=state.step,
+            desc=stage.name,
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        sums = {name: torch.tensor(value, device=accelerator.device) for name, value in state.window.items()}
+        while state.step < stage.max_train_steps:
+            for draws in self._draws(stage):
+                with accelerator.accumulate(self.model):
+                    terms = self.compute_loss(next(batches) | draws)
+                    accelerator.backward(terms["loss"])
+                    if accelerator.sync_gradients and config.max_grad_norm > 0:
+                        terms["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                    optimizer.step()
+                    lr_scheduler.step()
+                    optimizer.zero_grad()
+                for name, term in terms.items():
+                    term = term.detach().float() / (1 if name == "grad_norm" else config.gradient_accumulation_steps)
+                    sums[name] = sums[name] + term if name in sums else term
+            if self.ema is not None:
+                self.ema.step(self._unwrapped().parameters())
+            state.step += 1
+            state.global_step += 1
+            bar.update()
+
+            last = state.step == stage.max_train_steps
+            if state.step % config.logging_steps == 0 or last:
+                sums = self._log(stage, sums, lr_scheduler.get_last_lr()[0], bar)
+            if config.sample_steps and (state.step % config.sample_steps == 0 or last):
+                self._save_samples(stage)
+            if config.checkpointing_steps and state.step % config.checkpointing_steps == 0 and not last:
+                state.window = {name: value.item() for name, value in sums.items()}
+                self._save_checkpoint()
+        bar.close()
+        self._end_stage(stage)
+
+    def _prepare(self, stage: Stage, checkpoint: Path | None):
+        """Give the stage's model to Accelerate with its optimizer, and put back what a checkpoint holds."""
+        config, accelerator = self.config, self.accelerator
+        stage.model.to(accelerator.device).train()
+        parameters = [parameter for parameter in stage.model.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(config, parameters)
+        lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
+                                     num_training_steps=stage.max_train_steps)  # fmt: skip
+        self.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
+        self.ema = None
+        if config.ema_decay:
+            self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=True)
+        if checkpoint is not None and self.state.step:
+            accelerator.load_state(str(checkpoint))
+            if self.ema is not None:
+                saved = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
+                for i, shadow in enumerate(self.ema.shadow_params):
+                    shadow.copy_(saved[str(i)])
+                self.ema.optimization_step = self.state.step
+        return optimizer, lr_scheduler
+
+    def _batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
+        """Endless batches of this process, from where the stage stands."""
+        config, accelerator = self.config, self.accelerator
+        first = self.state.step * config.gradient_accumulation_steps
+        loader_options = {
+            "num_workers": config.dataloader_num_workers,
+            "pin_memory": accelerator.device.type == "cuda",
+            "collate_fn": getattr(self.train_dataset, "collate", None),
+        }
+        if isinstance(self.train_dataset, IterableDataset):
+            batches = self.train_dataset.batches(
+                config.train_batch_size, derived_seed(config.seed, stage.index), first, accelerator, loader_options
+            )
+        else:
+            order = RandomBatches(
+                len(self.train_dataset),
+                config.train_batch_size,
+                derived_seed(config.seed, stage.index),
+                first,
+                accelerator.process_index,
+                accelerator.num_processes,
+            )
+            batches = iter(DataLoader(self.train_dataset, batch_sampler=order, **loader_options))
+        for batch in batches:
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            yield batch | {"images": to_model_range(batch["images"])}
+
+    def _draws(self, stage: Stage) -> list[dict[str, torch.Tensor]]:
+        """The random numbers of one optimizer step: this process's share, one dictionary for each batch."""
+        config, accelerator = self.config, self.accelerator
+        seed = derived_seed(config.seed, stage.index, self.state.step)
+        torch.manual_seed(derived_seed(seed, accelerator.process_index))  # dropout
+        generator = torch.Generator(accelerator.device).manual_seed(seed)
+        shares = accelerator.num_processes * config.gradient_accumulation_steps
+        draws = self.draw(config.train_batch_size * shares, generator)
+        draws = {name: value.chunk(shares) for name, value in draws.items()}
+        mine = range(accelerator.process_index, shares, accelerator.num_processes)
+        return [{name: value[i] for name, value in draws.items()} for i in mine]
+
+    # --- records ------------------------------------------------------------------------------------------------
+
+    def _log(self, stage: Stage, sums: dict, learning_rate: float, bar: tqdm) -> dict:
+        """Write the means since the last line to the metrics file, the trackers and the progress bar."""
+        state = self.state
+        count = (state.step - 1) % self.config.logging_steps + 1
+        means = self.accelerator.reduce({name: value / count for name, value in sums.items()}, reduction="mean")
+        means = {name: value.item() for name, value in means.items()}
+        self.write_metrics({"stage": stage.name, "step": state.step, **means, "learning_rate": learning_rate})
+        bar.set_postfix(loss=f"{means['loss']:.4g}")
+        return {}
+
+    def write_metrics(self, values: dict[str, Any]) -> None:
+        """One line of the metrics file, with the global step, and the same numbers to the trackers."""
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"global_step": self.state.global_step} | values) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=self.state.global_step)
+
+    def _save_samples(self, stage: Stage) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self._averaged_weights():
+            images = self.sample_images(stage)
+        if images is not None:
+            from torchvision.utils import save_image
+
+            folder = self.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{stage.name}-{self.state.step:07d}.png"
+            save_image(images, path, nrow=max(1, int(len(images) ** 0.5)), padding=1)
+
+    def _record_run(self) -> None:
+        """The resolved options and the environment, as `run.json` and for the trackers."""
+        packages = ("torch", "diffusers", "accelerate", "transformers", "datasets", "timm")
+        record = {
+            "config": asdict(self.config),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device.type),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in packages},
+        }
+        if self.accelerator.is_main_process:
+            write_json(self.output_dir / "run.json", record)
+        simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in record["config"].items()}
+        if self.config.report_to != "none":
+            self.accelerator.init_trackers("diffusers_rcfd", config=simple)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _end_stage(self, stage: Stage) -> None:
+        """Keep the final weights, hand them to `finish_stage` and note in a checkpoint that the stage is done."""
+        if self.ema is not None:
+            self.ema.copy_to(self._unwrapped().parameters())
+        stage.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+        self.accelerator.free_memory()
+        self.model = stage.model
+        if self.accelerator.is_main_process:
+            self.finish_stage(stage)
+        self.accelerator.wait_for_everyone()
+        self.state.stage, self.state.step, self.state.window = stage.index + 1, 0, {}
+        if self.config.checkpointing_steps:
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint beside its final place, then rename it; older ones go once it is safe."""
+        accelerator, folder = self.accelerator, self.output_dir / f"checkpoint-{self.state.global_step}"
+        partial = folder.with_name(f"partial-{folder.name}")
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        accelerator.wait_for_everyone()
+        if self.state.step:
+            accelerator.save_state(str(partial))
+        if accelerator.is_main_process and self.state.step and self.ema is not None:
+            shadow = {str(i): value.contiguous() for i, value in enumerate(self.ema.shadow_params)}
+            save_file(shadow, partial / "ema.safetensors")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(partial / STATE_FILE, asdict(self.state))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            for old in find_checkpoints(self.output_dir)[: -self.config.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def _open_output_dir(self) -> Path | None:
+        """Check `output_dir`; the checkpoint to resume from, with the metrics cut back to it, or None."""
+        checkpoint = prepare_output_dir(self.config, self.accelerator)
+        metrics = self.output_dir / METRICS_FILE
+        if checkpoint is not None and metrics.exists() and self.accelerator.is_main_process:
+            reached = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+            lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+            metrics.write_text("".join(line for line in lines if json.loads(line)["global_step"] <= reached))
+        return checkpoint
+
+    def _unwrapped(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @contextmanager
+    def _averaged_weights(self):
+        """The model in eval mode with its averaged weights, where an average is kept."""
+        model = self._unwrapped().eval()
+        if self.ema is not None:
+            self.ema.store(model.parameters())
+            self.ema.copy_to(model.parameters())
+        yield model
+        if self.ema is not None:
+            self.ema.restore(model.parameters())
+        model.train()
+
+
+def build_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, fused into one kernel."""
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **options)
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a folder, oldest first: those that were renamed after their last file was written."""
+    found = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def prepare_output_dir(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+    """Make `output_dir`, or check that it may be used; returns the checkpoint to resume from, or None.
+
+    Raises:
+        ValueError: if it is not empty and neither resumed from nor overwritten.
+        FileNotFoundError: if `resume_from_checkpoint` names no whole checkpoint.
+    """
+    output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
+    if resume not in (None, "latest"):
+        checkpoint = Path(resume)
+        if not (checkpoint / STATE_FILE).is_file():
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint` must name a whole checkpoint; {resume!r} lacks {STATE_FILE}."
+            )
+        return checkpoint
+    if resume == "latest" and (checkpoints := find_checkpoints(output_dir)):
+        return checkpoints[-1]
+    if resume is None and not config.overwrite_output_dir and output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"`output_dir` must be an empty folder, got {str(output_dir)!r}: choose another, or pass "
+            "`overwrite_output_dir` or `resume_from_checkpoint='latest'`."
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / METRICS_FILE).unlink(missing_ok=True)
+        for old in [*output_dir.glob("checkpoint-*"), *output_dir.glob("samples")]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

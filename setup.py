@@ -1,0 +1,75 @@
+"""Packaging of diffusers_rcfd; the settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+# The lower bounds are those the newest releases for Python 3.10 can meet: Diffusers 0.42 and Transformers 5.21 need
+# Python 3.11, and Diffusers 0.41 needs huggingface-hub 1.
+INSTALL_REQUIRES = [
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "diffusers>=0.41",
+    "huggingface-hub>=1.32",
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "pillow>=10.4",
+    "pyarrow>=18.0",
+    "pyyaml>=6.0.1",
+    "safetensors>=0.8",
+    "timm>=1.0.15",
+    "torch>=2.6",
+    "torch-fidelity>=0.4.0",
+    "torchvision>=0.21",
+    "tqdm>=4.66.5",
+    "transformers>=5.0",
+]
+
+# ruff formats differently from one minor version to the next, hence "~=".
+TEST_REQUIRES = [
+    "hypothesis>=6.100",
+    "pytest>=8.2",
+    "pytest-xdist>=3.6.1",
+    "ruff~=0.17.5",
+    "tensorboard>=2.17",
+]
+
+
+def read_version() -> str:
+    """Read `__version__` from the package without importing it."""
+    source = (ROOT / "diffusers_rcfd" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE).group(1)
+
+
+setup(
+    name="diffusers_rcfd",
+    version=read_version(),
+    description="Few-step pixel diffusion models by classifier-based feature distillation, for Hugging Face Diffusers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["diffusion", "distillation", "diffusers", "few-step sampling", "image generation"],
+    packages=["diffusers_rcfd"],
+    package_data={"diffusers_rcfd": ["data/*.parquet", "data/README.md"]},
+    python_requires=">=3.10",
+    install_requires=INSTALL_REQUIRES,
+    extras_require={
+        "test": TEST_REQUIRES,
+        "dev": [*TEST_REQUIRES, "pre-commit>=4.0"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

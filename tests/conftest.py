@@ -1,0 +1,18 @@
+"""Settings of the test processes and, through the environment, of every process that a test starts."""
+
+import os
+
+from hypothesis import settings
+
+# Before the libraries are imported: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")  # a bar created with an explicit `disable=False` still shows
+os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores already
+
+# The first call into torch takes longer than any deadline that would catch a slow example.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")

@@ -1,0 +1,184 @@
+"""The package as a whole: what importing it costs, which module may import which, and what its files say of it."""
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+import diffusers_rcfd
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "diffusers_rcfd"
+MODULES = {path.stem: path for path in sorted((ROOT / PACKAGE).glob("*.py"))}
+
+# What a module of the pure part may import from the package; the other pure modules only must not import a trainer.
+ALLOWED_IMPORTS = {
+    "configs": set(),
+    "losses": set(),
+    "pipeline_rcfd": {"scheduling_rcfd"},
+    "scheduling_rcfd": set(),
+    "targets": {"scheduling_rcfd"},
+    "unet_presets": set(),
+}
+TRAINERS = {"training", "diffusion_trainer", "classifier_trainer", "cfd_trainer"}
+
+# Distributions whose import name is not their own name.
+DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml"}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of all that a module imports, those inside functions included: `from a import b` gives `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [PACKAGE] if node.level else []
+            base += [node.module] if node.module else []
+            names |= {".".join([*base, alias.name]) for alias in node.names}
+    return names
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Each module of the package with the modules of the package that it imports."""
+    graph = {}
+    for module in MODULES.keys() - {"__init__"}:  # the lazy `__init__` imports nothing by itself
+        graph[module] = set()
+        for name in imported_names(MODULES[module]):
+            top, _, rest = name.partition(".")
+            if top == PACKAGE and rest:
+                target = rest.split(".")[0]
+                graph[module].add(diffusers_rcfd._MODULE_OF.get(target, target))
+        graph[module] -= {"__version__"}
+    return graph
+
+
+def quickstart_commands() -> list[str]:
+    """Lines of the bash blocks in the README's Quickstart section."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Quickstart\s*$(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
+    assert section, "README.md has no section '## Quickstart'"
+    blocks = re.findall(r"^```(?:bash|sh)\s*$(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def declared_requirements() -> set[str]:
+    """Names of the distributions that a plain installation brings, as setup.py lists them."""
+    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "INSTALL_REQUIRES":
+            return {re.match(r"[\w-]+", requirement)[0] for requirement in ast.literal_eval(node.value)}
+    raise AssertionError("setup.py has no INSTALL_REQUIRES")
+
+
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.configs"])
+def test_import_loads_no_heavy_library(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'diffusers', 'transformers', 'timm'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", diffusers_rcfd.__all__)
+def test_public_name_comes_from_its_module(name):
+    module = import_module(f"{PACKAGE}.{diffusers_rcfd._MODULE_OF[name]}")
+    value = getattr(diffusers_rcfd, name)
+    assert value is getattr(module, name)
+    assert getattr(value, "__module__", module.__name__) == module.__name__
+    assert name in dir(diffusers_rcfd)
+
+
+def test_public_names_are_those_shown_to_type_checkers():
+    tree = ast.parse(MODULES["__init__"].read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    shown = {alias.name: node.module.rpartition(".")[2] for node in block.body for alias in node.names}
+    assert shown == diffusers_rcfd._MODULE_OF
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="diffusers_rcfd.*no_such_name"):
+        _ = diffusers_rcfd.no_such_name
+
+
+def test_import_graph_has_no_cycle():
+    graph = import_graph()
+    assert graph["pipeline_rcfd"] == {"scheduling_rcfd"}, "the graph misses an import that is there"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"the package imports in a circle: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", ALLOWED_IMPORTS)
+def test_pure_module_imports_only_what_it_may(module):
+    assert import_graph()[module] <= ALLOWED_IMPORTS[module]
+
+
+def test_only_trainers_import_trainers():
+    graph = import_graph()
+    assert graph.keys() >= TRAINERS
+    offenders = {module: imports & TRAINERS for module, imports in graph.items() if module not in TRAINERS}
+    assert not {module: imports for module, imports in offenders.items() if imports}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_is_installed(module):
+    tops = {name.split(".")[0] for name in imported_names(MODULES[module])} - sys.stdlib_module_names - {PACKAGE}
+    distributions = {DISTRIBUTION_OF.get(top, top.replace("_", "-")) for top in tops}
+    assert distributions <= declared_requirements()  # `examples`, `tests` and `benchmarks` are not among them either
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_can_be_read_in_one_sitting(module):
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) < 450
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_definitions_have_docstrings(module):
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = [node for node in tree.body if isinstance(node, definitions) and not node.name.startswith("_")]
+    for parent in [node for node in found if isinstance(node, ast.ClassDef)]:
+        found += [node for node in parent.body if isinstance(node, definitions) and not node.name.startswith("_")]
+    assert ast.get_docstring(tree)
+    assert not [node.name for node in found if not ast.get_docstring(node)]
+
+
+def test_changelog_and_citation_carry_the_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(\d[^\]]*)\]", changelog, re.MULTILINE)[1] == diffusers_rcfd.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == diffusers_rcfd.__version__
+
+
+def test_readme_quickstart_is_two_commands():
+    commands = quickstart_commands()
+    assert len(commands) == 2, commands
+    train, test = commands
+    script = re.fullmatch(r"pip install -e \. && accelerate launch (examples/\w+\.py)", train)
+    assert script and (ROOT / script[1]).is_file()
+    assert test == 'pip install -e ".[test]" && pytest'
+
+
+def test_no_file_names_a_place_on_one_machine():
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    result = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"(?<![\w.:/-])/(?:home|root|tmp|Users|work)/\w")
+    paths = [ROOT / name for name in result.stdout.split("\0") if name]
+    assert Path(__file__).resolve() in paths
+    offenders = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):
+            continue  # deleted but not yet committed; binary
+        offenders += [f"{path.relative_to(ROOT)}: {line}" for line in text.splitlines() if pattern.search(line)]
+    assert not offenders

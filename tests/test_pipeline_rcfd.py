@@ -1,0 +1,202 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMScheduler, DiffusionPipeline
+
+from diffusers_rcfd import RCFDPipeline, RCFDScheduler
+from tests.toys import tiny_unet
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    return quiet(RCFDPipeline(tiny_unet(), RCFDScheduler(num_inference_steps=4)))
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("output_type, kind", [("pt", torch.Tensor), ("np", np.ndarray), ("pil", list)])
+def test_output_types_hold_the_same_images(pipe, output_type, kind):
+    images = pipe(batch_size=3, generator=seeded(), output_type=output_type).images
+    assert isinstance(images, kind) and len(images) == 3
+    expected = pipe(batch_size=3, generator=seeded(), output_type="pt", return_dict=False)[0]
+    assert expected.shape == (3, 1, 8, 8) and 0 <= expected.min() and expected.max() <= 1
+    if output_type == "np":
+        np.testing.assert_array_equal(images, expected.permute(0, 2, 3, 1).numpy())
+    if output_type == "pil":
+        assert images[0].mode == "L" and images[0].size == (8, 8)
+        np.testing.assert_allclose(np.asarray(images[1]), 255 * expected[1, 0].numpy(), atol=0.51)
+
+
+def test_images_depend_on_noise_alone_not_on_batch_or_history(pipe):
+    generators = [seeded(i) for i in range(5)]
+    together = pipe(batch_size=5, generator=generators, output_type="pt").images
+    pipe(num_inference_steps=2, generator=seeded())
+    for i in range(5):
+        alone = pipe(generator=[seeded(i)], output_type="pt").images
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
+    latents = torch.stack([torch.randn((1, 8, 8), generator=seeded(i)) for i in range(5)])
+    given = pipe(batch_size=5, latents=latents, output_type="pt").images
+    torch.testing.assert_close(given, together, rtol=0, atol=1e-6)
+    assert len(pipe(latents=latents, output_type="pt").images) == 5
+
+
+def test_number_of_network_calls_and_default_steps(pipe):
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(int(args[1])))
+    pipe()
+    pipe(num_inference_steps=1)
+    handle.remove()
+    assert calls == [1024, 768, 512, 256, 1024]
+    base = quiet(RCFDPipeline(pipe.unet, RCFDScheduler()))
+    assert base.scheduler.config.num_inference_steps is None
+    base(num_inference_steps=3)
+
+
+def test_class_labels():
+    torch.manual_seed(0)
+    pipe = quiet(RCFDPipeline(tiny_unet(num_class_embeds=10), RCFDScheduler(num_inference_steps=1)))
+    latents = torch.randn(2, 1, 8, 8, generator=seeded()).repeat(2, 1, 1, 1)
+    images = pipe(4, latents=latents, class_labels=[1, 1, 2, 2], output_type="pt").images
+    assert not torch.allclose(images[:2], images[2:])
+    one = pipe(4, latents=latents, class_labels=1, output_type="pt").images
+    torch.testing.assert_close(one[:2], images[:2])
+    tensor = pipe(4, latents=latents, class_labels=torch.tensor([1, 1, 2, 2]), output_type="pt").images
+    torch.testing.assert_close(tensor, images)
+    for wrong, message in (
+        (None, r"`class_labels` must be given, in 0\.\.9"),
+        (10, r"must be in 0\.\.9, got 10"),
+        ([0, -1, 1, 2], r"must be in 0\.\.9"),
+        ([1, 2], "must be one integer or 4 integers"),
+        (0.5, "must be one integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(4, class_labels=wrong)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"batch_size": 0}, "`batch_size` must be a positive integer, got 0"),
+        ({"batch_size": 3, "generator": [seeded()]}, "`generator` as a list .*=3 images, got 1"),
+        ({"num_inference_steps": 8}, r"`num_inference_steps` must be one of \[1, 2, 4\]"),
+        ({"num_inference_steps": 3}, r"`num_inference_steps` must be one of \[1, 2, 4\]"),
+        ({"num_inference_steps": 0}, r"`num_inference_steps` must be an integer in 1\.\.1024, got 0"),
+        ({"output_type": "jpeg"}, r"`output_type` must be one of .*, got 'jpeg'"),
+        ({"class_labels": 1}, "`class_labels` must be None"),
+        ({"latents": torch.zeros(1, 3, 8, 8)}, r"`latents` must have the shape .*\(1, 1, 8, 8\), got \(1, 3, 8, 8\)"),
+        ({"latents": torch.zeros(2, 1, 8, 8), "batch_size": 3}, "`latents` must have the shape"),
+    ],
+)
+def test_bad_arguments(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_progress_bar_can_be_switched_off(pipe, disable, capfd):
+    pipe.set_progress_bar_config(disable=disable)
+    pipe()
+    pipe.set_progress_bar_config(disable=True)
+    assert ("4/4" in capfd.readouterr().err) is not disable
+
+
+def test_half_precision_draws_the_same_noise(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    half = quiet(RCFDPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    assert half.unet.dtype == torch.bfloat16
+    images = half(batch_size=2, generator=seeded(), output_type="pt").images
+    expected = pipe(batch_size=2, generator=seeded(), output_type="pt").images
+    assert images.dtype == torch.float32 and 0 < (images - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("N", [1, 2, 4, 8])
+def test_saved_pipeline_loads_three_ways_with_equal_images(N, tmp_path):
+    torch.manual_seed(N)
+    pipe = quiet(RCFDPipeline(tiny_unet(), RCFDScheduler(num_inference_steps=N)))
+    pipe.save_pretrained(tmp_path)
+    expected = pipe(batch_size=4, generator=seeded(), output_type="np").images
+
+    ours = quiet(RCFDPipeline.from_pretrained(tmp_path))
+    assert isinstance(ours.scheduler, RCFDScheduler) and ours.scheduler.config.num_inference_steps == N
+    np.testing.assert_allclose(ours(batch_size=4, generator=seeded(), output_type="np").images, expected, atol=1e-6)
+
+    stock = quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(stock) is DDIMPipeline
+    images = stock(batch_size=4, generator=seeded(), num_inference_steps=N, use_clipped_model_output=True,
+                   output_type="np").images  # fmt: skip
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+
+    custom = quiet(DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True))
+    assert type(custom).__name__ == "RCFDPipeline" and not isinstance(custom, RCFDPipeline)
+    np.testing.assert_allclose(custom(batch_size=4, generator=seeded(), output_type="np").images, expected, atol=1e-6)
+
+    custom.save_pretrained(tmp_path / "again")  # the copy of the code saves itself
+    assert (tmp_path / "again/pipeline.py").read_text() == (tmp_path / "pipeline.py").read_text()
+
+
+def test_saved_folder_names_only_stock_classes_and_safetensors(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "DDIMPipeline" and index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    expected = {
+        "num_train_timesteps": 1025,
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "sample",
+        "timestep_spacing": "leading",
+        "steps_offset": 256,
+        "set_alpha_to_one": False,
+    }
+    assert {key: config[key] for key in expected} == expected
+    files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {".json", ".safetensors", ".py"}
+    source = (tmp_path / "pipeline.py").read_text()
+    assert "import RCFDScheduler" not in source and source.count("class RCFDScheduler") == 1
+
+
+def test_plain_diffusers_process_without_this_package(pipe, tmp_path):
+    """A process that cannot import this package loads the folder both ways, without a warning of unknown keys."""
+    pipe.save_pretrained(tmp_path)
+    np.save(tmp_path / "expected.npy", pipe(batch_size=2, generator=seeded(), output_type="np").images)
+    script = f"""
+        import sys
+        class Hide:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "diffusers_rcfd":
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Hide())
+        import numpy as np, torch
+        from diffusers import DiffusionPipeline
+        expected = np.load({str(tmp_path / "expected.npy")!r})
+        for options, call in (
+            ({{}}, dict(num_inference_steps=4, use_clipped_model_output=True)),
+            (dict(custom_pipeline={str(tmp_path)!r}, trust_remote_code=True), dict()),
+        ):
+            pipe = DiffusionPipeline.from_pretrained({str(tmp_path)!r}, **options)
+            images = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", **call).images
+            np.testing.assert_allclose(images, expected, atol=1e-4)
+        assert not any(name.startswith("diffusers_rcfd.") for name in sys.modules)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "not expected" not in run.stderr
+
+
+def test_any_ddim_like_scheduler_becomes_ours():
+    pipe = quiet(RCFDPipeline(tiny_unet(), DDPMScheduler(beta_schedule="scaled_linear")))
+    assert isinstance(pipe.scheduler, RCFDScheduler)
+    assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.scheduler.grid(3) == [0, 333, 666, 999]
+    pipe(num_inference_steps=3)

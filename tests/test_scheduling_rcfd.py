@@ -1,0 +1,212 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+
+from diffusers_rcfd import RCFDScheduler
+from diffusers_rcfd.scheduling_rcfd import eps_from_x0, v_from_x0, x0_from_eps, x0_from_v
+from tests.toys import golden, toy_teacher
+
+
+def sample(scheduler, z, num_inference_steps, network=toy_teacher):
+    scheduler.set_timesteps(num_inference_steps)
+    for t in scheduler.timesteps:
+        z = scheduler.step(network(z, t), t, z).prev_sample
+    return z.clamp(-1, 1)
+
+
+def test_golden_schedule():
+    scheduler, expected = RCFDScheduler(), golden("schedule")
+    torch.testing.assert_close(scheduler.alpha, expected["alpha"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(scheduler.sigma, expected["sigma"], rtol=0, atol=1e-6)
+    assert scheduler.sigma[0].item() == pytest.approx(0.0063, abs=5e-5)
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+@pytest.mark.parametrize("N", [1, 2, 4, 8, 16, 1024])
+def test_golden_ddim(N, clip):
+    expected = golden("ddim")
+    x = sample(RCFDScheduler(clip_sample=bool(clip)), expected["z_T"], N)
+    torch.testing.assert_close(x, expected[f"x_N{N}_clip{clip}"], rtol=0, atol=1e-4 if N == 1024 else 1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+@pytest.mark.parametrize("N", [2**k for k in range(11)])
+def test_agrees_with_stock_ddim(N, prediction_type):
+    """The configuration that a saved pipeline carries, in float64 to leave only the stock float32 schedule."""
+    ours = RCFDScheduler(prediction_type=prediction_type, num_inference_steps=N)
+    stock = ours.to_ddim()
+    assert stock.config.steps_offset == 1024 // N and stock.config.set_alpha_to_one is False
+    stock.set_timesteps(N)
+    ours.set_timesteps()
+    assert stock.timesteps.tolist() == ours.timesteps.tolist()
+
+    # Step by step from noisy images; what is left is the stock schedule's float32, 6e-7 of alpha_bar.
+    x0, eps = torch.randn((2, 2, 3, 8, 8), generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    x0 = x0.clamp(-1, 1)
+    for t in ours.timesteps:
+        at = t.expand(2)
+        z, v = ours.add_noise(x0, eps, at), ours.get_velocity(x0, eps, at)
+        output = {"sample": x0, "epsilon": eps, "v_prediction": v}[prediction_type]
+        expected = stock.step(output, t, z, use_clipped_model_output=True).prev_sample
+        torch.testing.assert_close(ours.step(output, t, z).prev_sample, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("N", [2**k for k in range(11)])
+def test_samples_agree_with_stock_ddim(N):
+    ours = RCFDScheduler(num_inference_steps=N)
+    stock, z = ours.to_ddim(), golden("ddim")["z_T"]
+    stock.set_timesteps(N)
+    expected = z
+    for t in stock.timesteps:
+        expected = stock.step(toy_teacher(expected, t), t, expected, use_clipped_model_output=True).prev_sample
+    torch.testing.assert_close(sample(ours, z, N), expected.clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+def test_grids_nest_and_end_at_zero():
+    for n in (1025, 1000, 50):
+        scheduler = RCFDScheduler(num_train_timesteps=n)
+        for N in range(1, (n - 1) // 2 + 1):
+            grid = scheduler.grid(N)
+            assert grid[0] == 0 and grid[-1] == n - 1 and sorted(set(grid)) == grid
+            assert grid == scheduler.grid(2 * N)[::2]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()},
+        {"beta_schedule": "linear", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+)
+@pytest.mark.parametrize("stock_class", [DDIMScheduler, DDPMScheduler])
+def test_from_config_keeps_the_stock_schedule(stock_class, config):
+    stock = stock_class(**config)
+    ours = RCFDScheduler.from_config(stock.config)
+    assert ours.config.prediction_type == stock.config.prediction_type
+    assert ours.config.num_train_timesteps == 1000
+    torch.testing.assert_close(ours.alphas_cumprod.float(), stock.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+def test_from_config_of_a_plain_stock_default_is_linear_epsilon():
+    """Values that the stock class took by default must not become our defaults."""
+    for stock in (DDPMScheduler(), DDIMScheduler(), PNDMScheduler()):
+        config = RCFDScheduler.from_config(stock.config).config
+        assert (config.beta_schedule, config.prediction_type) == ("linear", "epsilon")
+
+
+def test_stock_from_our_config_keeps_the_schedule():
+    ours = RCFDScheduler()
+    stock = DDIMScheduler.from_config(ours.config)
+    assert (stock.config.beta_schedule, stock.config.prediction_type) == ("squaredcos_cap_v2", "sample")
+    torch.testing.assert_close(ours.alphas_cumprod.float(), stock.alphas_cumprod, rtol=1e-3, atol=1e-6)
+
+
+def test_sigmoid_schedule_survives_the_stock_form():
+    stock = DDPMScheduler(beta_schedule="sigmoid")
+    ours = RCFDScheduler.from_config(stock.config)
+    torch.testing.assert_close(ours.alphas_cumprod.float(), stock.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.to_ddim().alphas_cumprod, stock.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+def test_save_and_load(tmp_path):
+    RCFDScheduler(num_inference_steps=4, prediction_type="v_prediction").save_pretrained(tmp_path / "ours")
+    ours = RCFDScheduler.from_pretrained(tmp_path / "ours")
+    assert ours.config.num_inference_steps == 4 and len(ours.timesteps) == 4
+    ours.to_ddim().save_pretrained(tmp_path / "stock")
+    again = RCFDScheduler.from_pretrained(tmp_path / "stock")
+    assert again.config.num_inference_steps == 4 and again.config.prediction_type == "v_prediction"
+
+
+def test_closed_form_conversions_over_the_whole_grid():
+    scheduler = RCFDScheduler()
+    t = torch.arange(1025)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn((2, 1025, 1, 2, 2), generator=generator, dtype=torch.float64)
+    alpha, sigma = scheduler.alpha_sigma(t, x0)
+    z, v = scheduler.add_noise(x0, eps, t), scheduler.get_velocity(x0, eps, t)
+    torch.testing.assert_close(z, alpha * x0 + sigma * eps)
+    torch.testing.assert_close(v, alpha * eps - sigma * x0)
+    torch.testing.assert_close(x0_from_v(v, z, alpha, sigma), x0)
+    torch.testing.assert_close(v_from_x0(x0, z, alpha, sigma), v, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(eps_from_x0(x0, z, alpha, sigma), eps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x0_from_eps(eps, z, alpha, sigma), x0, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+def test_closed_form_of_a_perfect_network(prediction_type):
+    """A network that knows x0 leads from any z_t to alpha_0 x0 + sigma_0 eps exactly, in any number of steps."""
+    scheduler = RCFDScheduler(prediction_type=prediction_type, clip_sample=False)
+    generator = torch.Generator().manual_seed(1)
+    x0, eps = torch.randn((2, 3, 1, 4, 4), generator=generator, dtype=torch.float64)
+    everywhere = torch.full((3,), 1024)
+    z = scheduler.add_noise(x0, eps, everywhere)
+
+    def network(z, t):
+        t = torch.full((3,), int(t))
+        return {"sample": x0, "epsilon": eps, "v_prediction": scheduler.get_velocity(x0, eps, t)}[prediction_type]
+
+    scheduler.set_timesteps(7)
+    for t in scheduler.timesteps:
+        output = network(z, t)
+        result = scheduler.step(output, t, z)
+        torch.testing.assert_close(result.pred_original_sample, x0, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(scheduler.predict_x0(output, z, t.expand(3)), x0, rtol=1e-6, atol=1e-6)
+        z = result.prev_sample
+    expected = scheduler.add_noise(x0, eps, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_step_takes_any_timestep_of_the_grid_in_any_order():
+    scheduler = RCFDScheduler()
+    scheduler.set_timesteps(4)
+    z, out = torch.randn(2, 1, 1, 4, 4)
+    first = scheduler.step(out, 256, z).prev_sample
+    scheduler.step(out, 1024, z)
+    scheduler.step(out, torch.tensor(768), z)
+    torch.testing.assert_close(scheduler.step(out, 256, z, return_dict=False)[0], first)
+
+
+def test_step_on_an_accelerator_reads_nothing_back():
+    """On the meta device reading a value raises, so a step that passes there never waits for a device."""
+    scheduler = RCFDScheduler()
+    scheduler.set_timesteps(4, device="meta")
+    z = torch.empty(2, 3, 8, 8, device="meta")
+    for t in scheduler.timesteps:
+        z = scheduler.step(torch.empty_like(z), t, z).prev_sample
+    assert z.shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="`timestep` must be one of"):
+        scheduler.step(z, scheduler.timesteps[0], z)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prediction_type": "x0"}, r"`prediction_type` must be one of .* got 'x0'"),
+        ({"beta_schedule": "quadratic"}, r"`beta_schedule` must be one of .* got 'quadratic'"),
+        ({"num_train_timesteps": 1}, r"`num_train_timesteps` must be an integer of at least 2, got 1"),
+        ({"trained_betas": [0.1, 0.2]}, r"`trained_betas` must hold `num_train_timesteps`=1025 values"),
+        ({"beta_schedule": "linear", "beta_start": 0.5, "beta_end": 0.1}, "0 < beta_start <= beta_end < 1"),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "`rescale_betas_zero_snr=True`"),
+        ({"num_inference_steps": 1025}, r"`num_inference_steps` must be an integer in 1\.\.1024, got 1025"),
+        ({"num_inference_steps": -1}, r"`num_inference_steps` must be an integer in 1\.\.1024, got -1"),
+    ],
+)
+def test_bad_config(options, message):
+    with pytest.raises(ValueError, match=message):
+        RCFDScheduler(**options)
+
+
+def test_bad_step_counts():
+    student = RCFDScheduler(num_inference_steps=4)
+    student.set_timesteps(2)
+    for wrong in (8, 3):
+        with pytest.raises(ValueError, match=rf"must be one of \[1, 2, 4\].* 4 steps, got {wrong}"):
+            student.set_timesteps(wrong)
+    with pytest.raises(ValueError, match=r"in 1\.\.1024, got 0"):
+        RCFDScheduler().set_timesteps(0)
+    with pytest.raises(ValueError, match=r"`timestep` must be one of \[512, 1024\], got 500"):
+        student.step(torch.zeros(1, 1, 2, 2), 500, torch.zeros(1, 1, 2, 2))

@@ -1,0 +1,34 @@
+"""The closed-form networks that the golden numbers were computed with, and tiny real components."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusers_rcfd import build_unet
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    """Arrays of a golden file as tensors."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays}
+
+
+def toy_teacher(z, t):
+    return 1.3 * torch.tanh(0.7 * z + 0.3 * torch.cos(_like(t, z) / 200))
+
+
+def toy_student(z, t):
+    return 1.1 * torch.tanh(0.6 * z - 0.2 * torch.sin(_like(t, z) / 300))
+
+
+def _like(t, z):
+    return torch.as_tensor(t, dtype=z.dtype).reshape(-1, 1, 1, 1)
+
+
+def tiny_unet(**overrides):
+    """An 8x8 U-Net with 8 channels."""
+    options = {"block_out_channels": (8, 8), "norm_num_groups": 4, "attention_head_dim": 4}
+    return build_unet("digits", **(options | overrides))
