@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from diffusers_rcfd.configs import CFDDistillationConfig
 from diffusers_rcfd.diffusion_trainer import check_images_fit, conditioning, sample_grid
 from diffusers_rcfd.feature_classifier import FeatureClassifier
-from diffusers_rcfd.image_data import flip
+from diffusers_rcfd.image_tensors import flip
 from diffusers_rcfd.losses import diversity, dual_temperature_kl, entropy, feature_kl, rcfd_loss, x0_loss
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from diffusers_rcfd.configs import ClassifierConfig
 from diffusers_rcfd.feature_classifier import FeatureClassifier
-from diffusers_rcfd.image_data import flip, shift_crop, to_model_range
+from diffusers_rcfd.image_tensors import flip, shift_crop, to_model_range
 from diffusers_rcfd.training import Stage, Trainer
 
 

@@ -26,7 +26,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm.auto import tqdm
 
-from diffusers_rcfd.image_data import to_model_range, to_uint8
+from diffusers_rcfd.image_tensors import to_model_range, to_uint8
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

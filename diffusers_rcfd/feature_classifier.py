@@ -104,11 +104,11 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         self._set_normalisation(torch.device("cpu"))
         backbone_config = dict(backbone_config or {})
         if library == "timm":
-            self.backbone = _build_timm(backbone, num_classes, in_channels, image_size, backbone_config)
+            self.network = _build_timm(backbone, num_classes, in_channels, image_size, backbone_config)
         else:
-            self.backbone = _build_transformers(backbone, num_classes, in_channels, backbone_config)
+            self.network = _build_transformers(backbone, num_classes, in_channels, backbone_config)
         if small_stem:
-            _set_small_stem(self.backbone, in_channels, backbone)
+            _set_small_stem(self.network, in_channels, backbone)
 
     @classmethod
     def from_backbone(
@@ -165,13 +165,16 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
             config["image_size"] = image_size
         elif (small_stem or not pretrained) and not fixed_size:
             config["image_size"] = None
+        for key in {"image_mean", "image_std"} & config.keys():
+            if len(config[key]) not in (1, config["in_channels"]):  # a three-colour backbone made for other channels
+                config[key] = sum(config[key]) / len(config[key])
         if reference:
             config["interpolation"] = "bilinear"
         model = cls(library=kind, small_stem=small_stem, reference=reference, **config)
         if pretrained:
             if small_stem:
                 _set_small_stem(source, config["in_channels"], name)
-            model.backbone.load_state_dict(source.state_dict())  # strict: the stored config rebuilds this backbone
+            model.network.load_state_dict(source.state_dict())  # strict: the stored config rebuilds this backbone
             model.eval()
         return model
 
@@ -181,7 +184,7 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         last = self._last_layer()
         if isinstance(last, nn.Linear):
             return last.in_features
-        return getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+        return getattr(self.network, "head_hidden_size", self.network.num_features)
 
     @property
     def num_classes(self) -> int:
@@ -231,27 +234,27 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         return images.to(self.dtype)
 
     def _run_timm(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        feature_map = self.backbone.forward_features(images)
-        features = self.backbone.forward_head(feature_map, pre_logits=True)  # (B, D)
-        classifier = self.backbone.get_classifier()
+        feature_map = self.network.forward_features(images)
+        features = self.network.forward_head(feature_map, pre_logits=True)  # (B, D)
+        classifier = self.network.get_classifier()
         # Convolutional, distilled and token-labelling (VOLO) heads do more than one product with the features.
-        if isinstance(classifier, nn.Linear) and getattr(self.backbone, "aux_head", None) is None:
+        if isinstance(classifier, nn.Linear) and getattr(self.network, "aux_head", None) is None:
             return classifier(features), features
-        return self.backbone.forward_head(feature_map), features
+        return self.network.forward_head(feature_map), features
 
     def _run_transformers(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = []
         handle = self._last_layer().register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         try:
-            logits = self.backbone(pixel_values=images).logits
+            logits = self.network(pixel_values=images).logits
         finally:
             handle.remove()
         return logits, inputs[-1].flatten(1)
 
     def _last_layer(self) -> Any:
         if self.config.library == "timm":
-            return self.backbone.get_classifier()
-        return _last_linear(self.backbone, self.config.num_classes)
+            return self.network.get_classifier()
+        return _last_linear(self.network, self.config.num_classes)
 
     def _set_normalisation(self, device: torch.device) -> None:
         """Fold (x + 1) / 2, minus the mean, over the deviation, into one scale and one shift for each channel."""
@@ -398,17 +401,13 @@ def _load_timm(
         extra = {**extra, "img_size": image_size}
         model = timm.create_model(name, **arguments, **extra)  # with its position embedding resampled
     extra = {**saved, **extra}
-    channels = in_channels or saved.get("in_chans", 3)
-    mean, std = list(data["mean"]), list(data["std"])
-    if len(mean) != channels:  # timm sums or tiles the filters of the three colours
-        mean, std = sum(mean) / len(mean), sum(std) / len(std)
     return model, {
         "backbone": model.pretrained_cfg["architecture"] if name.startswith(_TIMM_PREFIXES) else name,
         "num_classes": model.num_classes,
-        "in_channels": channels,
+        "in_channels": in_channels or saved.get("in_chans", 3),
         "image_size": own_size,
-        "image_mean": mean,
-        "image_std": std,
+        "image_mean": list(data["mean"]),
+        "image_std": list(data["std"]),
         "interpolation": "bilinear" if data["interpolation"] == "bilinear" else "bicubic",
         "backbone_config": {k: v for k, v in extra.items() if k not in ("num_classes", "in_chans")} or None,
         "fixed_size": fixed_size,

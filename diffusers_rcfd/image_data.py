@@ -1,165 +1,28 @@
 """Image data sets: a Hub name, a local folder, parquet or arrow files, IDX files or the embedded digits.
 
-`load_image_data` gives `ImageData` (map-style, uint8, in memory where it fits) or `StreamingImageData`. The tensor
-functions below them, `to_model_range`, `to_uint8`, `flip` and `shift_crop`, are pure: their draws are arguments.
+`load_image_data` gives `ImageData` (map-style, uint8, in memory where it fits) or `StreamingImageData`.
 """
 
-import gzip
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
 
-DIGITS_PATH = Path(__file__).parent / "data" / "digits.parquet"
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
-)  # fmt: skip
-IDX_PREFIXES = {"train": "train", "test": "t10k"}
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-
-
-def to_model_range(images: torch.Tensor) -> torch.Tensor:
-    """Map uint8 images 0..255 to float32 in [-1, 1] by u / 127.5 - 1; floating images pass through unchanged."""
-    if images.is_floating_point():
-        return images
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images has dtype {images.dtype}; allowed: torch.uint8 or a floating type")
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Map floating images in [-1, 1] to uint8 0..255, rounded and clamped: the exact inverse of `to_model_range`."""
-    if not images.is_floating_point():
-        raise TypeError(f"images has dtype {images.dtype}; allowed: a floating type, values in [-1, 1]")
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def flip(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mirror left to right those images (B, C, H, W) whose entry in the boolean `mask` (B,) is true."""
-    if mask.dtype != torch.bool or mask.shape != images.shape[:1]:
-        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed: torch.bool ({images.shape[0]},)")
-    return torch.where(mask[:, None, None, None], images.flip(-1), images)
-
-
-def shift_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, reflect: bool = False) -> torch.Tensor:
-    """Pad each image by `padding` on all sides and crop its own size again at its own offset.
-
-    Args:
-        images: (B, C, H, W), uint8 or floating in [-1, 1].
-        offsets: (B, 2) integers (y, x) in 0..2 * padding; `padding` itself leaves the image where it was.
-        padding: pixels on each side, at least 0; below min(H, W) with `reflect`.
-        reflect: mirror the image at its border; by default the padding is black (0 in uint8, -1 in floats).
-
-    Raises:
-        ValueError: shape, type or range of an argument is not as above (the range is not checked on an accelerator).
-    """
-    batch, _, height, width = images.shape
-    if padding < 0 or (reflect and padding >= min(height, width)):
-        raise ValueError(f"padding={padding}; allowed: at least 0, and below {min(height, width)} with reflect=True")
-    if offsets.shape != (batch, 2) or offsets.is_floating_point():
-        raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}; allowed: integers ({batch}, 2)")
-    if offsets.device.type == "cpu" and batch and not 0 <= offsets.min() <= offsets.max() <= 2 * padding:
-        raise ValueError(f"offsets={offsets.tolist()}; allowed: 0..{2 * padding}, twice the padding")
-    offsets = offsets.to(images.device, torch.long) - padding
-    rows = torch.arange(height, device=images.device) + offsets[:, :1]  # (B, H)
-    columns = torch.arange(width, device=images.device) + offsets[:, 1:]  # (B, W)
-    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None]
-    if reflect:
-        rows = height - 1 - (height - 1 - rows.abs()).abs()
-        columns = width - 1 - (width - 1 - columns.abs()).abs()
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    index = torch.arange(batch, device=images.device)[:, None, None]
-    cropped = images.movedim(1, -1)[index, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)  # (B, C, H, W)
-    black = -1 if images.is_floating_point() else 0
-    return cropped.contiguous() if reflect else cropped.masked_fill(~inside, black)
-
-
-def _open(value) -> Image.Image:
-    """Open an image without decoding its pixels; the value is as data sets store it: bytes, path, array or PIL."""
-    if isinstance(value, np.ndarray):
-        return Image.fromarray(value)
-    if isinstance(value, (str, bytes)):
-        value = {"bytes": value, "path": None} if isinstance(value, bytes) else {"bytes": None, "path": value}
-    if not isinstance(value, dict):
-        if isinstance(value, Image.Image):
-            return value
-        raise ValueError(f"the image is {'missing' if value is None else type(value).__name__}")
-    if value.get("bytes") is not None:
-        return Image.open(BytesIO(value["bytes"]))
-    if value.get("path") is None:
-        raise ValueError("the image has neither bytes nor a path")
-    if "://" not in value["path"]:
-        return Image.open(value["path"])
-    from datasets import Image as ImageFeature  # a remote file: data sets' own opener knows endpoint and token
-
-    return ImageFeature().decode_example(value)
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale deep grey to 8 bit, composite alpha on white, and bring every mode to L (grey sources) or RGB."""
-    grey = image.mode in GREY_MODES
-    if image.mode == "F":
-        raise ValueError("mode 'F' has no defined range; store the image with 8 or 16 bits")
-    if image.mode.startswith("I"):  # PNG, TIFF and PGM hold 16 bits in either I;16 or I
-        levels = np.array(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"levels {levels.min()}..{levels.max()} of mode 'I'; allowed: 0..65535 (16 bits)")
-        if isinstance(image.info.get("transparency"), int):
-            levels[levels == image.info["transparency"]] = 65535
-        return Image.fromarray(np.round(levels / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if grey else "RGB")
-
-
-def _decode(value, where: str, resolution: int | None, channels: int | None) -> np.ndarray:
-    """Decode one stored image to uint8 (C, H, W); every failure is a ValueError that begins with `where`."""
-    if isinstance(value, dict) and value.get("path"):
-        where = f"{where} ({value['path']})"
-    try:
-        with _open(value) as image:
-            image = _to_8_bit(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{where}: {error}; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS") from error
-    except Exception as error:  # the decoders of PIL raise many types
-        raise ValueError(f"{where}: cannot decode the image: {error}") from error
-    if channels is not None:
-        image = image.convert("L" if channels == 1 else "RGB")
-    if resolution is not None and image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)  # PIL's bicubic antialiases
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # (C, H, W)
-
-
-def _header(value, where: str) -> tuple[int, int, int]:
-    """Read the shape (C, H, W) that `_decode` would give, from the file header alone."""
-    try:
-        with _open(value) as image:
-            width, height = image.size
-            if Image.Image.getexif(image).get(0x0112, 1) >= 5:  # orientation: turned by 90 degrees
-                width, height = height, width
-            return (1 if image.mode in GREY_MODES else 3), height, width
-    except Exception:
-        _decode(value, where, None, None)  # raises with the right words
-        raise
-
-
-def _check_size(size: tuple[int, int], expected: tuple[int, int], where: str) -> None:
-    if size != expected:
-        raise ValueError(
-            f"{where}: the image is {size[0]}x{size[1]} (height x width) but the images before it are "
-            f"{expected[0]}x{expected[1]}; give `resolution` to resize and crop all to one size"
-        )
+from diffusers_rcfd.image_files import (
+    DIGITS_PATH,
+    check_size,
+    decode_image,
+    read_digits,
+    read_fashion_mnist,
+    read_header,
+)
 
 
 class _Column:
@@ -189,11 +52,12 @@ def _decode_all(values, name: str, resolution: int | None, channels: int | None)
         for start in range(0, len(values), 256):
             rows = range(start, min(start + 256, len(values)))
             wheres = [f"{name}: row {row}" for row in rows]
-            decoded = pool.map(lambda v, w: _decode(v, w, resolution, channels), values[start : rows.stop], wheres)
+            decode = partial(decode_image, resolution=resolution, channels=channels)
+            decoded = pool.map(decode, values[start : rows.stop], wheres)
             for row, where, pixels in zip(rows, wheres, decoded, strict=True):
                 if images is None:
                     images = np.empty((len(values), *pixels.shape), np.uint8)
-                _check_size(pixels.shape[1:], images.shape[2:], where)
+                check_size(pixels.shape[1:], images.shape[2:], where)
                 if len(pixels) > images.shape[1]:  # the first colour image after grey ones
                     images = images.repeat(3, axis=1)
                 images[row] = pixels  # grey broadcasts over RGB
@@ -209,9 +73,9 @@ def _scan_headers(values, name: str, resolution: int | None, channels: int | Non
     with _progress(len(values), f"Reading headers of {name}") as bar:
         for start in range(0, len(values), 256):
             for row, value in enumerate(values[start : start + 256], start):
-                shapes.append(_header(value, f"{name}: row {row}"))
+                shapes.append(read_header(value, f"{name}: row {row}"))
                 if resolution is None:
-                    _check_size(shapes[-1][1:], shapes[0][1:], f"{name}: row {row}")
+                    check_size(shapes[-1][1:], shapes[0][1:], f"{name}: row {row}")
                 bar.update()
     _, height, width = shapes[0]
     return channels or max(shape[0] for shape in shapes), resolution or height, resolution or width
@@ -268,8 +132,8 @@ class ImageData(Dataset):
         decoded = []
         for row, value in zip(rows, self._stored[rows], strict=True):
             where = f"{self.name}: row {row}"
-            decoded.append(_decode(value, where, self._resolution, self.image_shape[0]))
-            _check_size(decoded[-1].shape[1:], self.image_shape[1:], where)
+            decoded.append(decode_image(value, where, self._resolution, self.image_shape[0]))
+            check_size(decoded[-1].shape[1:], self.image_shape[1:], where)
         return torch.from_numpy(np.stack(decoded))
 
     @staticmethod
@@ -340,8 +204,8 @@ class StreamingImageData(IterableDataset):
     def __iter__(self):
         for number, row in enumerate(self.source):
             where = f"{self.name}: image {number} of the stream"
-            pixels = _decode(row[self.image_column], where, self.resolution, self.image_shape[0])
-            _check_size(pixels.shape[1:], self.image_shape[1:], where)
+            pixels = decode_image(row[self.image_column], where, self.resolution, self.image_shape[0])
+            check_size(pixels.shape[1:], self.image_shape[1:], where)
             item = {"images": torch.tensor(pixels)}
             if self.label_column is not None:
                 label = row[self.label_column]
@@ -421,48 +285,6 @@ def _encode_labels(values: list, num_classes: int | None, class_names: list | No
     return torch.tensor(values, dtype=torch.long), num_classes, class_names
 
 
-def _read_digits(split: str) -> tuple[list, list, list]:
-    """Return (stored images, labels, class names) of the embedded digits; pyarrow alone keeps this fast."""
-    import pyarrow.parquet
-
-    _check_split(split, ("train",), "digits")
-    table = pyarrow.parquet.read_table(DIGITS_PATH)
-    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-    return table["image"].to_pylist(), table["label"].to_pylist(), features["label"]["names"]
-
-
-def _read_fashion_mnist(folder: Path, split: str) -> tuple[np.ndarray, list, list]:
-    """Return (images (N, 28, 28), labels, class names) from the IDX files in `folder`."""
-    _check_split(split, tuple(IDX_PREFIXES), "fashion-mnist")
-    images = _read_idx(folder, f"{IDX_PREFIXES[split]}-images", 3)
-    return images, _read_idx(folder, f"{IDX_PREFIXES[split]}-labels", 1).tolist(), list(FASHION_MNIST_CLASSES)
-
-
-def _check_split(split: str, allowed: tuple, name: str) -> None:
-    if split not in allowed:
-        raise ValueError(f"split={split!r} of {name}; allowed: {', '.join(allowed)}")
-
-
-def _read_idx(folder: Path, stem: str, dimensions: int) -> np.ndarray:
-    """Read one uint8 IDX file, gzipped or not (format: http://yann.lecun.com/exdb/mnist/)."""
-    names = [f"{stem}-idx{dimensions}-ubyte", f"{stem}-idx{dimensions}-ubyte.gz"]
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"data_dir='{folder}' holds neither {names[0]} nor {names[1]}")
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (EOFError, OSError) as error:
-        raise ValueError(f"{path}: damaged gzip file: {error}") from error
-    header = 4 + 4 * dimensions
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < header:
-        raise ValueError(f"{path}: begins with {content[:4].hex()}; allowed: 000008{dimensions:02x} (IDX of uint8)")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
-    if len(content) - header != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path}: {len(content) - header} bytes of data; its header says {shape}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
 def _load_source(dataset: str, config, data_dir, split: str, streaming: bool, cache_dir):
     """Open a Hub or local data set with `datasets`; its errors come back naming our arguments."""
     import datasets
@@ -506,7 +328,7 @@ def _first_shape(source, image_column, label_column, name, resolution, channels)
     first = next(iter(source), None)
     if first is None:
         raise ValueError(f"{name}: no images; allowed: at least one")
-    return _decode(first[image_column], f"{name}: row 0", resolution, channels).shape
+    return decode_image(first[image_column], f"{name}: row 0", resolution, channels).shape
 
 
 def load_image_data(
@@ -571,7 +393,7 @@ def load_image_data(
     name, source, names = f"{dataset} [{split}]", None, None
     if idx or (dataset == "digits" and not streaming):  # read without `datasets`, which is slow to import
         values, stored_labels, names = (
-            _read_fashion_mnist(Path(data_dir).expanduser(), split) if idx else _read_digits(split)
+            read_fashion_mnist(Path(data_dir).expanduser(), split) if idx else read_digits(split)
         )
         _, label_column = _find_columns({"image": {"bytes": None}, "label": None}, image_column, label_column, name)
     else:
@@ -613,7 +435,7 @@ def load_image_data(
         rows = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
         labels = None if labels is None else labels[rows]
         values = values.select(rows.tolist()) if source is not None else [values[row] for row in rows.tolist()]
-    _, height, width = _header(values[0:1][0], f"{name}: row 0")
+    _, height, width = read_header(values[0:1][0], f"{name}: row 0")
     size = (channels or 3) * (resolution**2 if resolution else height * width)
     if source is not None and len(values) * size > max_memory_bytes:
         shape = _scan_headers(values, name, resolution, channels)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm.auto import tqdm
 
 from diffusers_rcfd.configs import TrainingConfig
-from diffusers_rcfd.image_data import to_model_range
+from diffusers_rcfd.image_tensors import to_model_range
 
 STATE_FILE = "trainer_state.json"
 METRICS_FILE = "metrics.jsonl"
@@ -87,6 +87,8 @@ class TrainerState:
     step: int = 0
     global_step: int = 0
     window: dict[str, float] = field(default_factory=dict)  # sums of the loss terms since the last line of metrics
+    # Of a streaming data set, for each process: the epoch it reads, and the stage's batches before that epoch.
+    streams: list[list[int]] = field(default_factory=list)
 
 
 class Trainer:
@@ -233,9 +235,7 @@ class Trainer:
             "collate_fn": getattr(self.train_dataset, "collate", None),
         }
         if isinstance(self.train_dataset, IterableDataset):
-            batches = self.train_dataset.batches(
-                config.train_batch_size, derived_seed(config.seed, stage.index), first, accelerator, loader_options
-            )
+            batches = self._stream(first, loader_options)
         else:
             order = RandomBatches(
                 len(self.train_dataset),
@@ -245,10 +245,34 @@ class Trainer:
                 accelerator.process_index,
                 accelerator.num_processes,
             )
-            batches = iter(DataLoader(self.train_dataset, batch_sampler=order, **loader_options))
+            batches = DataLoader(self.train_dataset, batch_sampler=order, **loader_options)
         for batch in batches:
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             yield batch | {"images": to_model_range(batch["images"])}
+
+    def _stream(self, first: int, loader_options: dict) -> Iterator[dict[str, torch.Tensor]]:
+        """Endless batches of a streaming data set, epoch after epoch; what a resumed epoch had read is read again.
+
+        Raises:
+            ValueError: if an epoch of this process does not fill one batch.
+        """
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        stream = self.train_dataset.split_by_node(process, processes)
+        self.state.streams = self.state.streams or [[0, 0] for _ in range(processes)]
+        mine = self.state.streams[process]
+        while True:
+            epoch, before = mine
+            stream.set_epoch(epoch)
+            loader = DataLoader(stream, batch_size=self.config.train_batch_size, drop_last=True, **loader_options)
+            for batch in itertools.islice(loader, first - before, None):
+                first += 1
+                yield batch
+            if first == before:
+                raise ValueError(
+                    f"`train_batch_size` must be at most the images that the stream has for a process, got "
+                    f"{self.config.train_batch_size}."
+                )
+            mine[:] = epoch + 1, first
 
     def _draws(self, stage: Stage) -> list[dict[str, torch.Tensor]]:
         """The random numbers of one optimizer step: this process's share, one dictionary for each batch."""
@@ -324,7 +348,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.finish_stage(stage)
         self.accelerator.wait_for_everyone()
-        self.state.stage, self.state.step, self.state.window = stage.index + 1, 0, {}
+        self.state.stage, self.state.step, self.state.window, self.state.streams = stage.index + 1, 0, {}, []
         if self.config.checkpointing_steps:
             self._save_checkpoint()
 
@@ -336,6 +360,8 @@ class Trainer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         accelerator.wait_for_everyone()
+        if self.state.streams:
+            self.state.streams = gather_object([self.state.streams[accelerator.process_index]])
         if self.state.step:
             accelerator.save_state(str(partial))
         if accelerator.is_main_process and self.state.step and self.ema is not None:

@@ -12,16 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_rcfd import image_data
-from diffusers_rcfd.image_data import (
-    ImageData,
-    StreamingImageData,
-    flip,
-    load_image_data,
-    shift_crop,
-    to_model_range,
-    to_uint8,
-)
+from diffusers_rcfd import image_files
+from diffusers_rcfd.image_data import ImageData, StreamingImageData, load_image_data
+from diffusers_rcfd.image_tensors import flip, shift_crop, to_model_range, to_uint8
 
 LEVELS = {"cat": (10, 20, 30), "dog": (110, 120)}  # one grey level an image, by class
 
@@ -84,7 +77,7 @@ def test_digits():
     assert torch.bincount(data.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert data.images[0, 0, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]  # levels 0 0 5 13 9 1 0 0 of 16
     assert data.images.max() == 255 and data.images.min() == 0
-    from_hub_form = datasets.load_dataset("parquet", data_files=str(image_data.DIGITS_PATH), split="train")
+    from_hub_form = datasets.load_dataset("parquet", data_files=str(image_files.DIGITS_PATH), split="train")
     assert from_hub_form.features["label"].names == data.class_names
     assert type(from_hub_form.features["image"]) is datasets.Image
     assert np.array_equal(np.array(from_hub_form[7]["image"]), data.images[7, 0].numpy())
@@ -326,12 +319,12 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
 
 
 def test_integer_and_float_modes():
-    deep = image_data._decode(Image.fromarray(np.array([[0, 65535]], np.int32)), "x", None, None)
+    deep = image_files.decode_image(Image.fromarray(np.array([[0, 65535]], np.int32)), "x", None, None)
     assert deep.tolist() == [[[0, 255]]]
     with pytest.raises(ValueError, match=r"row 3: .*0\.\.65535"):
-        image_data._decode(Image.fromarray(np.array([[0, 70000]], np.int32)), "row 3", None, None)
+        image_files.decode_image(Image.fromarray(np.array([[0, 70000]], np.int32)), "row 3", None, None)
     with pytest.raises(ValueError, match="'F' has no defined range"):
-        image_data._decode(Image.fromarray(np.zeros((2, 2), np.float32)), "row 3", None, None)
+        image_files.decode_image(Image.fromarray(np.zeros((2, 2), np.float32)), "row 3", None, None)
 
 
 def test_one_bit(tmp_path):
@@ -376,7 +369,7 @@ def test_exif_orientation(tmp_path):
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: top left goes to top right
     pixels = decode(image, tmp_path, exif=exif)
     assert pixels.shape == (1, 3, 2) and pixels[0, 0, 1] == 255 and pixels.sum() == 255
-    header = image_data._header({"bytes": encoded(image.convert("RGB"), "JPEG", exif=exif), "path": None}, "x")
+    header = image_files.read_header({"bytes": encoded(image.convert("RGB"), "JPEG", exif=exif), "path": None}, "x")
     assert header == (3, 3, 2)
 
 

@@ -1,0 +1,501 @@
+import json
+import os
+import socket
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import save_for_hf
+from torch import nn
+from torchvision.transforms import Normalize
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    MobileViTImageProcessor,
+    ResNetConfig,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+from diffusers_rcfd.feature_classifier import FeatureClassifier, FeatureClassifierOutput, load_feature_classifier
+
+SMALL_RESNET = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
+SMALL_DENSENET = {"growth_rate": 4, "block_config": [1, 1, 1, 1]}
+SMALL_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+SMALL_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16]}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+TRANSFORMERS_CONFIGS = {
+    "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=5),
+    "vit": ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
+    ),
+    "convnext": ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, num_labels=5),
+}
+
+
+def images_of(batch=2, channels=3, size=16, seed=0):
+    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def shift_batch_norm(model):
+    """Make running statistics unlike their initial values, so that losing them shows."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
+            module.running_var.copy_(1 + torch.rand(module.running_var.shape, generator=generator))
+    return model
+
+
+def small_resnet(**overrides):
+    torch.manual_seed(0)
+    arguments = {"backbone": "resnet18", "backbone_config": SMALL_RESNET, "num_classes": 5, **overrides}
+    return shift_batch_norm(FeatureClassifier(**arguments)).eval()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("a test of this file reached for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folders of tiny transformers checkpoints with random weights: resnet and vit with a processor, convnext bare."""
+    folders = {}
+    for name, config in TRANSFORMERS_CONFIGS.items():
+        torch.manual_seed(0)
+        folders[name] = str(tmp_path_factory.mktemp(name))
+        shift_batch_norm(AutoModelForImageClassification.from_config(config)).save_pretrained(folders[name])
+    statistics = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+    for name in ("resnet", "vit"):
+        size = {"height": 16, "width": 16}
+        ViTImageProcessor(size=size, resample=2, **statistics).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = str(tmp_path_factory.mktemp("timm"))
+    model = shift_batch_norm(timm.create_model("resnet18", num_classes=5, **SMALL_RESNET))
+    save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+# What the backbone sees
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_closed_form_normalisation_is_torchvisions_on_0_to_1(channels):
+    mean, std = IMAGENET_MEAN[:channels], IMAGENET_STD[:channels]
+    model = small_resnet(in_channels=channels, image_mean=list(mean), image_std=list(std))
+    images = images_of(channels=channels)
+    torch.testing.assert_close(model._prepare(images), Normalize(mean, std)((images + 1) / 2), atol=1e-6, rtol=1e-6)
+
+
+def test_default_normalisation_and_reference_leave_images_as_they_are():
+    images = images_of()
+    assert torch.equal(small_resnet()._prepare(images), images)
+    reference = small_resnet(image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), reference=True)
+    assert torch.equal(reference._prepare(images), images)
+    assert not torch.equal(small_resnet(image_mean=list(IMAGENET_MEAN))._prepare(images), images)
+
+
+def test_reference_still_resizes():
+    images = images_of()
+    expected = F.interpolate(images, (24, 24), mode="bilinear", align_corners=False)
+    prepared = small_resnet(image_size=24, interpolation="bilinear", reference=True)._prepare(images)
+    assert torch.equal(prepared, expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [8, 40])
+def test_resize_is_antialiased_only_where_it_shrinks(interpolation, size):
+    images = images_of()
+    prepared = small_resnet(image_size=size, interpolation=interpolation)._prepare(images)
+    expected = F.interpolate(images, (size, size), mode=interpolation, align_corners=False, antialias=size < 16)
+    torch.testing.assert_close(prepared, expected)
+
+
+def test_images_of_the_right_size_are_not_resampled(monkeypatch):
+    monkeypatch.setattr(F, "interpolate", lambda *args, **kwargs: pytest.fail("resized"))
+    small_resnet(image_size=16)(images_of(size=16))
+    small_resnet(image_size=None)(images_of(size=8))
+
+
+def test_grey_images_are_repeated():
+    model = small_resnet(image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD))
+    grey = images_of(channels=1)
+    assert torch.equal(model(grey).logits, model(grey.repeat(1, 3, 1, 1)).logits)
+
+
+def test_flip_channels_feeds_bgr():
+    images = images_of()
+    assert torch.equal(small_resnet(flip_channels=True)._prepare(images), images[:, [2, 1, 0]])
+
+
+def test_normalisation_keeps_float32_in_bfloat16():
+    model = small_resnet(image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD))
+    scale, shift = model.input_scale.clone(), model.input_shift.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(model.input_scale, scale) and torch.equal(model.input_shift, shift)
+    output = model(images_of().to(torch.bfloat16))
+    assert output.logits.dtype == output.features.dtype == torch.bfloat16
+    assert output.logits.isfinite().all()
+    model.to_empty(device="cpu")
+    assert torch.equal(model.input_scale, scale) and torch.equal(model.input_shift, shift)
+
+
+# Logits and features
+
+
+@pytest.mark.parametrize(
+    ("backbone", "config", "features"),
+    [
+        ("resnet18", SMALL_RESNET, 16),
+        ("densenet121", SMALL_DENSENET, None),
+        ("vit_tiny_patch16_224", SMALL_VIT, 16),
+        ("convnext_tiny", SMALL_CONVNEXT, 16),
+        ("resnetv2_18", {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1], "stem_chs": 8}, 16),  # convolutional head
+    ],
+)
+def test_timm_logits_are_the_backbones_own_and_the_last_layer_of_the_features(backbone, config, features):
+    torch.manual_seed(0)
+    model = FeatureClassifier(backbone, num_classes=7, backbone_config=config).eval()
+    size = 16 if "vit" in backbone else 32
+    with torch.no_grad():
+        nn.init.normal_(model.network.get_classifier().weight)
+        output = model(images_of(size=size))
+        expected = model.network(images_of(size=size))
+    assert isinstance(output, FeatureClassifierOutput)
+    assert torch.equal(output.logits, expected) and expected.std() > 0
+    assert output.features.shape == (2, model.num_features) and output.logits.shape == (2, model.num_classes)
+    assert features in (None, model.num_features)
+    classifier = model.network.get_classifier()
+    weight, bias = classifier.weight.flatten(1), classifier.bias
+    torch.testing.assert_close(output.logits, F.linear(output.features, weight, bias))
+
+
+def test_timm_backbone_runs_once():
+    model, passes = small_resnet(), []
+    model.network.layer1.register_forward_hook(lambda *args: passes.append(1))
+    logits, features = model(images_of(), return_dict=False)
+    assert len(passes) == 1 and logits.shape == (2, 5) and features.shape == (2, 16)
+
+
+def test_distilled_timm_head_gives_its_own_logits():
+    model = FeatureClassifier("deit_tiny_distilled_patch16_224", num_classes=4, backbone_config=SMALL_VIT).eval()
+    output = model(images_of())
+    assert torch.equal(output.logits, model.network(images_of())) and output.features.shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_CONFIGS)
+def test_transformers_checkpoint_gives_its_own_logits_and_last_features(name, checkpoints):
+    model = FeatureClassifier.from_backbone(checkpoints[name])
+    source = AutoModelForImageClassification.from_pretrained(checkpoints[name]).eval()
+    images = images_of()
+    inputs = (images + 1) / 2
+    if name != "convnext":
+        inputs = Normalize(IMAGENET_MEAN, IMAGENET_STD)(inputs)
+    else:  # no processor: raw [-1, 1] at the size of its config
+        inputs = F.interpolate(images, (224, 224), mode="bicubic", align_corners=False)
+    with torch.no_grad():
+        output, expected = model(images), source(inputs).logits
+    torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
+    last = [module for module in source.modules() if isinstance(module, nn.Linear)][-1]
+    torch.testing.assert_close(output.logits, last(output.features), atol=1e-5, rtol=1e-5)
+    assert output.features.shape == (2, model.num_features) and model.num_classes == 5
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_gradients_reach_the_images_through_a_frozen_classifier(library, checkpoints):
+    model = small_resnet(image_size=12) if library == "timm" else FeatureClassifier.from_backbone(checkpoints["vit"])
+    assert model.freeze() is model and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    images = images_of(size=20).requires_grad_()
+    model(images).features.square().sum().backward()
+    assert images.grad.abs().amax(dim=(1, 2, 3)).min() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_closed_form_gradient_of_the_normalisation():
+    model = small_resnet(image_std=[0.25, 0.5, 1.0])
+    images = images_of().requires_grad_()
+    model._prepare(images).sum().backward()
+    expected = torch.tensor([2.0, 1.0, 0.5]).view(1, 3, 1, 1).expand_as(images)
+    torch.testing.assert_close(images.grad, expected)
+
+
+# Construction
+
+
+def test_constructor_leaves_a_trainable_classifier():
+    model = FeatureClassifier("resnet18", backbone_config=SMALL_RESNET)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_small_stem_of_a_digits_classifier():
+    model = FeatureClassifier(
+        backbone="resnet18",
+        backbone_config={"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]},
+        small_stem=True,
+        in_channels=1,
+        num_classes=10,
+    ).eval()
+    stem = model.network.conv1
+    assert (stem.in_channels, stem.kernel_size, stem.stride, stem.padding) == (1, (3, 3), (1, 1), (1, 1))
+    assert isinstance(model.network.maxpool, nn.Identity)
+    shapes = []
+    model.network.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[-2:]))
+    assert model(images_of(channels=1, size=8)).logits.shape == (2, 10)
+    assert shapes == [(8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "config"),
+    [("densenet121", SMALL_DENSENET), ("densenetblur121d", SMALL_DENSENET), ("resnet10t", None)],
+)
+def test_small_stem_keeps_the_resolution(backbone, config):
+    model = FeatureClassifier(backbone, num_classes=5, small_stem=True, backbone_config=config).eval()
+    first = "layer1" if "resnet" in backbone else "features.denseblock1"
+    shapes = []
+    hook = lambda module, inputs, output: shapes.append(output.shape[-2:])  # noqa: E731
+    model.network.get_submodule(first).register_forward_hook(hook)
+    assert model(images_of(size=8)).logits.shape == (2, 5)
+    assert shapes == [(8, 8)]
+
+
+def test_small_stem_of_another_backbone_is_refused(checkpoints):
+    with pytest.raises(ValueError, match="test_convnext"):
+        FeatureClassifier("test_convnext", small_stem=True)
+    with pytest.raises(ValueError, match="small_stem"):
+        FeatureClassifier.from_backbone(checkpoints["resnet"], small_stem=True)
+
+
+def test_fixed_size_backbone_is_built_for_image_size():
+    model = FeatureClassifier.from_backbone("test_vit", pretrained=False, num_classes=4, image_size=32)
+    assert model(images_of(size=16)).logits.shape == (2, 4)
+    assert model.network.patch_embed.img_size == (32, 32)
+    assert FeatureClassifier.from_backbone("test_vit", pretrained=False).config.image_size == 160
+
+
+# Pretrained weights
+
+
+@pytest.mark.parametrize("name", ["{}", "local-dir:{}"])
+def test_timm_pretrained_weights(name, timm_folder):
+    model = load_feature_classifier(name.format(timm_folder))
+    source = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
+    assert not model.training
+    assert (model.config.backbone, model.config.image_size, model.num_classes) == ("resnet18", 224, 5)
+    assert tuple(model.config.image_mean) == IMAGENET_MEAN and tuple(model.config.image_std) == IMAGENET_STD
+    images = images_of(size=224)
+    with torch.no_grad():
+        expected = source(Normalize(IMAGENET_MEAN, IMAGENET_STD)((images + 1) / 2))
+        torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_timm_pretrained_weights_with_a_small_stem_keep_all_but_the_stem(timm_folder):
+    model = FeatureClassifier.from_backbone(f"local-dir:{timm_folder}", small_stem=True, in_channels=1, num_classes=3)
+    source = timm.create_model(f"local-dir:{timm_folder}", pretrained=True)
+    assert model.config.image_size is None and model.num_classes == 3
+    weights, expected = model.network.state_dict(), source.state_dict()
+    assert weights["conv1.weight"].shape == (64, 1, 3, 3)
+    kept = [key for key in expected if key.split(".")[0] not in ("conv1", "fc")]
+    assert all(torch.equal(weights[key], expected[key]) for key in kept)
+    torch.testing.assert_close(model.input_shift.flatten(), torch.tensor([(0.5 - 0.449) / 0.226]))
+
+
+def test_without_pretrained_no_weights_are_read(timm_folder, checkpoints):
+    for folder in (timm_folder, checkpoints["resnet"]):
+        loaded, fresh = (FeatureClassifier.from_backbone(folder, pretrained=value) for value in (True, False))
+        assert fresh.training and fresh.config.image_size is None
+        assert tuple(fresh.config.image_mean) == IMAGENET_MEAN
+        assert not torch.equal(next(loaded.parameters()), next(fresh.parameters()))
+
+
+def test_transformers_processor_settings(tmp_path, checkpoints):
+    config = FeatureClassifier.from_backbone(checkpoints["vit"]).config
+    assert (config.image_size, config.interpolation, config.backbone) == (16, "bilinear", "vit")
+    AutoModelForImageClassification.from_config(TRANSFORMERS_CONFIGS["resnet"]).save_pretrained(tmp_path)
+    MobileViTImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path
+    )
+    model = FeatureClassifier.from_backbone(str(tmp_path))
+    images = images_of(size=32)
+    assert model.config.image_size == 32 and model.config.flip_channels
+    torch.testing.assert_close(model._prepare(images), (images.flip(1) + 1) / 2)  # BGR in [0, 1]
+
+
+def test_transformers_rescale_factor_is_honoured(tmp_path):
+    AutoModelForImageClassification.from_config(TRANSFORMERS_CONFIGS["resnet"]).save_pretrained(tmp_path)
+    size = {"height": 16, "width": 16}
+    ViTImageProcessor(size=size, rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3).save_pretrained(
+        tmp_path
+    )
+    images = images_of()
+    torch.testing.assert_close(FeatureClassifier.from_backbone(str(tmp_path))._prepare(images), images)
+
+
+def test_transformers_new_classes_keep_the_backbone(checkpoints):
+    model = FeatureClassifier.from_backbone(checkpoints["vit"], num_classes=3)
+    own = FeatureClassifier.from_backbone(checkpoints["vit"])
+    assert model(images_of()).logits.shape == (2, 3)
+    assert torch.equal(model(images_of()).features, own(images_of()).features)
+    with pytest.raises(ValueError, match="in_channels.*must be 3"):
+        FeatureClassifier.from_backbone(checkpoints["vit"], in_channels=1)
+    grey = FeatureClassifier.from_backbone(checkpoints["vit"], pretrained=False, in_channels=1, image_size=8)
+    assert grey(images_of(channels=1, size=8)).logits.shape == (2, 5)
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("kind", ["timm", "timm_small_stem", "vit", "resnet"])
+def test_save_and_load_give_equal_outputs(kind, tmp_path, checkpoints):
+    if kind.startswith("timm"):
+        model = small_resnet(
+            image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), small_stem="stem" in kind, image_size=24
+        )
+    else:
+        model = FeatureClassifier.from_backbone(checkpoints[kind])
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    expected = model(images_of())
+    for load in (
+        FeatureClassifier.from_pretrained,
+        load_feature_classifier,
+        lambda folder: FeatureClassifier.from_pretrained(folder, low_cpu_mem_usage=False),
+    ):
+        loaded = load(str(tmp_path))
+        assert not loaded.training
+        assert torch.equal(loaded.input_scale, model.input_scale) and torch.equal(
+            loaded.input_shift, model.input_shift
+        )
+        output = loaded(images_of())
+        assert torch.equal(output.logits, expected.logits) and torch.equal(output.features, expected.features)
+
+
+def test_loading_in_bfloat16_keeps_the_normalisation(tmp_path):
+    model = small_resnet(image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD))
+    model.save_pretrained(tmp_path)
+    loaded = FeatureClassifier.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16 and torch.equal(loaded.input_scale, model.input_scale)
+    assert loaded(images_of()).logits.dtype == torch.bfloat16
+
+
+def test_saved_config_names_no_local_folder(tmp_path, checkpoints):
+    FeatureClassifier.from_backbone(checkpoints["vit"]).save_pretrained(tmp_path)
+    assert checkpoints["vit"] not in (tmp_path / "config.json").read_text()
+
+
+def test_overrides_of_a_saved_classifier(tmp_path):
+    small_resnet(image_mean=list(IMAGENET_MEAN)).save_pretrained(tmp_path)
+    loaded = load_feature_classifier(str(tmp_path), reference=True, image_size=24, num_classes=5)
+    assert loaded.config.reference and loaded.config.image_size == 24
+    assert load_feature_classifier(str(tmp_path), image_size="auto").config.image_size is None
+    with pytest.raises(ValueError, match="`num_classes` 6.*saved with 5"):
+        load_feature_classifier(str(tmp_path), num_classes=6)
+    with pytest.raises(ValueError, match="from_pretrained"):
+        FeatureClassifier.from_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18", "timm/resnet18.a1_in1k"])
+def test_timm_names_load_pretrained(name, monkeypatch):
+    calls = []
+    create_model = timm.create_model
+
+    def record(model_name, pretrained=False, **kwargs):
+        calls.append((model_name, pretrained))
+        return create_model(model_name, pretrained=False, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", record)
+    model = load_feature_classifier(name, num_classes=3, backbone_config=SMALL_RESNET, reference=True)
+    assert calls == [(name.removeprefix("timm/"), True), (name.removeprefix("timm/"), False)]
+    assert model.config.reference and model.config.interpolation == "bilinear" and model.config.image_size == 224
+
+
+def test_hub_repository_is_told_by_its_config(tmp_path, checkpoints, monkeypatch):
+    from diffusers_rcfd.feature_classifier import _find_source
+
+    small_resnet().save_pretrained(tmp_path / "ours")
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
+    folders = {"me/ours": tmp_path / "ours", "me/timm": tmp_path / "timm", "me/vit": checkpoints["vit"]}
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: os.path.join(folders[repo], file))
+    assert _find_source("me/ours") == ("saved", "me/ours")
+    assert _find_source("me/timm") == ("timm", "hf-hub:me/timm")
+    assert _find_source("me/vit") == ("transformers", "me/vit")
+    assert _find_source("hf-hub:me/timm") == ("timm", "hf-hub:me/timm")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("name", ["resnet81", "./resnet18", "a/b/resnet18", "nobody-here/resnet18"])
+def test_unknown_name(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=f"{name}.*resnet18.*Allowed: .*transformers.*timm"):
+        load_feature_classifier(name)
+
+
+def test_folders_that_are_no_classifier(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        load_feature_classifier(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match="not of a classifier"):
+        load_feature_classifier(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"library": "keras"}, "`library`.*'keras'"),
+        ({"interpolation": "nearest"}, "`interpolation`.*'nearest'"),
+        ({"num_classes": 0}, "`num_classes`.*0"),
+        ({"in_channels": 0}, "`in_channels`.*0"),
+        ({"image_size": 0}, "`image_size`.*0"),
+        ({"image_mean": [0.5, 0.5]}, r"`image_mean`.*3.*\[0.5, 0.5\]"),
+        ({"image_std": 0.0}, "`image_std`.*0.0"),
+        ({"backbone": "resnet81"}, "'resnet81'.*resnet18"),
+        ({"backbone": "resnet18.no_such_tag"}, "no_such_tag.*a1_in1k"),
+        ({"backbone": "no-such-type", "library": "transformers"}, "'no-such-type'"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureClassifier(**arguments)
+    assert FeatureClassifier(backbone_config=SMALL_RESNET).num_features == 16
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "message"),
+    [
+        (3, (3, 8, 8), r"\(B, 3 or 1, H, W\), got \(3, 8, 8\)"),
+        (3, (2, 2, 8, 8), r"got \(2, 2, 8, 8\)"),
+        (1, (2, 3, 8, 8), r"\(B, 1, H, W\), got \(2, 3, 8, 8\)"),
+    ],
+)
+def test_images_of_a_wrong_shape(channels, shape, message):
+    with pytest.raises(ValueError, match=message):
+        small_resnet(in_channels=channels)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"), [(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8"), ([[0.0]], "list")]
+)
+def test_images_of_a_wrong_type(images, message):
+    with pytest.raises(TypeError, match=message):
+        small_resnet()(images)
