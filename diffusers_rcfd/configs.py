@@ -39,6 +39,12 @@ def require(condition: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
+def require_count(name: str, value: int, least: int) -> None:
+    """Raise the `ValueError` of an argument that is not an integer of at least `least`."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    require(integer and value >= least, name, value, f"an integer of at least {least}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 

@@ -7,9 +7,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -21,11 +20,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm.auto import tqdm
 
+from diffusers_rcfd.configs import require, require_count
+from diffusers_rcfd.distribution_metrics import (
+    bootstrap_interval,
+    fd_with_influence,
+    inception_score_with_influence,
+    kid_with_blocks,
+    precision_recall_with_hits,
+)
+from diffusers_rcfd.image_sampling import as_uint8, generate_images
 from diffusers_rcfd.image_tensors import to_model_range, to_uint8
 
 if TYPE_CHECKING:
@@ -39,129 +44,6 @@ if TYPE_CHECKING:
 MIN_IMAGES = {"fd": 2, "is": 10, "kid": 2, "precision": 4, "recall": 4}
 SHORT_NAMES = {"fd": "FD", "is": "IS", "kid": "KID", "precision": "precision", "recall": "recall"}
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The CPU generator of image `index`, the same for every batch size, device and process count.
-
-    PyTorch's CPU generator uses the low 32 bits of its seed. The multiplier is the prime next to 2^32 / golden ratio,
-    which spreads the runs of nearby seeds so far apart that 50 000 images of any two seeds below 38 000 share none.
-    """
-    return torch.Generator().manual_seed((seed * 2654435761 + index) % 2**32)
-
-
-def initial_noise(indices: Sequence[int], shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
-    """The noise z_T that `generate_images` starts images `indices` from, for samplers compared on the same noise.
-
-    Args:
-        indices (`Sequence[int]`): image numbers.
-        shape (`tuple[int, int, int]`): (C, H, W).
-        seed (`int`, defaults to 0): the seed of the whole set.
-
-    Returns:
-        `torch.Tensor`: unit Gaussian, float32, on the CPU, (B, C, H, W).
-    """
-    noise = [torch.randn(1, *shape, generator=image_generator(seed, i)) for i in indices]
-    return torch.cat(noise) if noise else torch.empty(0, *shape)
-
-
-def generate_images(
-    pipeline: "RCFDPipeline | Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]",
-    num_images: int,
-    *,
-    batch_size: int = 256,
-    num_inference_steps: int | None = None,
-    seed: int = 0,
-    class_labels: str | Sequence[int] | torch.Tensor | None = "balanced",
-    image_shape: tuple[int, int, int] | None = None,
-    indices: Sequence[int] | None = None,
-    progress: bool = True,
-) -> Iterator[torch.Tensor]:
-    """Sample images in batches, straight into uint8.
-
-    Image i depends only on the model, `seed` and i (to float rounding), never on batch size or process count.
-
-    Args:
-        pipeline (`RCFDPipeline` or `Callable`): the model; or any sampler `(noise, labels) -> images`, which gets
-            `initial_noise` (B, C, H, W) and labels (B,) or None, and returns uint8, or floats in [0, 1].
-        num_images (`int`): images in the whole set.
-        batch_size (`int`, defaults to 256): images at a time.
-        num_inference_steps (`int`, *optional*): steps of a pipeline, its own default where not given.
-        seed (`int`, defaults to 0): the seed of the whole set.
-        class_labels (`"balanced"`, labels (num_images,) or None, defaults to `"balanced"`): of a class-conditional
-            model; `"balanced"` gives image i the class i mod number of classes. An unconditional pipeline takes
-            `"balanced"` or None, a sampler function labels or, for none, either of these.
-        image_shape (`tuple[int, int, int]`, *optional*): (C, H, W), for a sampler function.
-        indices (`Sequence[int]`, *optional*): the images to generate, all of 0..num_images - 1 by default.
-        progress (`bool`, defaults to `True`): show a progress bar.
-
-    Yields:
-        `torch.Tensor`: uint8, on the CPU, (B, C, H, W).
-
-    Raises:
-        ValueError: for numbers, labels or steps not allowed, and for images that are NaN or outside [0, 1].
-    """
-    _require_int("num_images", num_images, 1)
-    _require_int("batch_size", batch_size, 1)
-    _require_int("seed", seed, 0)
-    sample, num_classes = pipeline, None
-    if hasattr(pipeline, "unet"):
-        sample = partial(_sample, pipeline, num_inference_steps)
-        image_shape, num_classes = pipeline.image_shape, pipeline.unet.config.num_class_embeds
-    else:
-        _require(image_shape is not None, "image_shape", None, "(C, H, W) for a sampler function")
-    labels = _class_labels(class_labels, num_classes, num_images)
-    indices = range(num_images) if indices is None else indices
-
-    def batches() -> Iterator[torch.Tensor]:
-        with tqdm(total=len(indices), desc="Generating", unit="image", disable=not progress, delay=1) as bar:
-            for start in range(0, len(indices), batch_size):
-                batch = list(indices[start : start + batch_size])
-                noise = initial_noise(batch, image_shape, seed)
-                yield _as_uint8(sample(noise, None if labels is None else labels[batch]), first=batch[0]).cpu()
-                bar.update(len(batch))
-
-    return batches()  # the arguments are checked before the first batch is asked for
-
-
-def _sample(pipeline, num_inference_steps, noise, labels) -> torch.Tensor:
-    """Images (B, C, H, W) in [0, 1], without the pipeline's own progress bar."""
-    bar_config = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(**{**bar_config, "disable": True})
-    try:
-        options = {} if labels is None else {"class_labels": labels}
-        options |= {"num_inference_steps": num_inference_steps, "output_type": "pt"}
-        return pipeline(batch_size=len(noise), latents=noise, **options).images
-    finally:
-        pipeline.set_progress_bar_config(**bar_config)
-
-
-def _class_labels(class_labels, num_classes, num_images) -> torch.Tensor | None:
-    """One label for each of `num_images` images, or None."""
-    if isinstance(class_labels, str):
-        _require(class_labels == "balanced", "class_labels", class_labels, '"balanced", labels or None')
-        class_labels = None if num_classes is None else torch.arange(num_images) % num_classes
-    if class_labels is None:
-        return None
-    labels = torch.as_tensor(class_labels)
-    valid = labels.shape == (num_images,) and not labels.is_floating_point()
-    _require(valid, "class_labels", tuple(labels.shape), f"{num_images} integers, one for each image")
-    return labels
-
-
-def _as_uint8(images: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """Images as uint8 (B, C, H, W), from uint8 or from floats in [0, 1]; `first` is the number of the first one."""
-    images = torch.as_tensor(images)
-    _require(images.ndim == 4, "images", tuple(images.shape), "of shape (B, C, H, W)")
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise TypeError(f"`images` must be uint8 in 0..255 or floats in [0, 1], got {images.dtype}.")
-    bad = torch.nonzero(images.flatten(1).isnan().any(1)).flatten().tolist()
-    _require(not bad, "images", f"NaN in image {first + bad[0]}" if bad else None, "free of NaN")
-    extremes = [] if images.numel() == 0 else [images.min().item(), images.max().item()]
-    _require(all(0 <= x <= 1 for x in extremes), "images", extremes, "uint8, or floats in [0, 1]")
-    return images.float().mul(255).round().to(torch.uint8)
 
 
 class InceptionExtractor(torch.nn.Module):
@@ -215,122 +97,6 @@ def _fingerprint(extractor: torch.nn.Module) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians: Dowson and Landau 1982; Heusel et al. 2017 for FID.
-
-    |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)). With sigma = L L^T the last trace is the sum of the
-    singular values of L1^T L2, which stays exact for singular covariances. (torch-fidelity takes square roots of the
-    eigenvalues of the unsymmetric product: slower, and there only half of the digits are good.)
-
-    Args:
-        mu1 (`np.ndarray`): mean of the first (D,).
-        sigma1 (`np.ndarray`): its covariance (D, D), symmetric, positive semidefinite, of any rank.
-        mu2 (`np.ndarray`): mean of the second (D,).
-        sigma2 (`np.ndarray`): its covariance (D, D).
-
-    Raises:
-        ValueError: for shapes that differ, values that are not finite, or a matrix that is not a covariance.
-    """
-    return _frechet(mu1, sigma1, mu2, sigma2)[0]
-
-
-def _frechet(mu1, sigma1, mu2, sigma2):
-    """The distance, P (D, R) with d(distance)/d(sigma1) = I - P P^T, and the ranks of both covariances."""
-    mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    shapes = [x.shape for x in (mu1, sigma1, mu2, sigma2)]
-    size = mu1.size
-    matching = shapes == [(size,), (size, size)] * 2
-    _require(matching, "mu1, sigma1, mu2, sigma2", shapes, "of shapes (D,), (D, D), (D,), (D, D)")
-    for name, mu in (("mu1", mu1), ("mu2", mu2)):
-        _require(np.isfinite(mu).all(), name, "NaN or infinity", "finite")
-    factor1, factor2 = _factor(sigma1, "sigma1"), _factor(sigma2, "sigma2")
-    _, s, v = np.linalg.svd(factor1.T @ factor2, full_matrices=False)
-    distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * s.sum()
-    keep = s > s.max(initial=0) * size * np.finfo(s.dtype).eps
-    p = factor2 @ v[keep].T / np.sqrt(s[keep])
-    return max(float(distance), 0.0), p, (factor1.shape[1], factor2.shape[1])
-
-
-def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
-    """L (D, rank) with L L^T = sigma."""
-    finite = np.isfinite(sigma).all()
-    _require(finite and np.allclose(sigma, sigma.T), name, "another matrix", "finite and symmetric")
-    values, vectors = np.linalg.eigh(sigma)
-    tolerance = np.abs(values).max(initial=0) * len(values) * np.finfo(values.dtype).eps
-    _require(values[0] >= -1e3 * tolerance, name, f"the eigenvalue {values[0]:g}", "positive semidefinite")
-    keep = values > tolerance
-    return vectors[:, keep] * np.sqrt(values[keep])
-
-
-def _fd(features, mu2, sigma2, num_reference, label):
-    """Frechet distance, and its influence function at each image: the first-order change an image makes."""
-    statistics = fid_features_to_statistics(features.double())
-    mu1, sigma1 = statistics["mu"], np.atleast_2d(statistics["sigma"])
-    distance, p, ranks = _frechet(mu1, sigma1, mu2, sigma2)
-    n, size = features.shape
-    if min(n, num_reference) <= size:
-        warnings.warn(
-            f"{label} of {n} images against {num_reference}, fewer than its {size} feature dimensions can do with: "
-            f"the covariances have rank {ranks[0]} and {ranks[1]}, and the value is biased.",
-            stacklevel=5,
-        )
-    influence = []
-    for chunk in features.split(4096):
-        d = chunk.double().numpy() - mu1  # (B, D)
-        influence.append(2 * d @ (mu1 - mu2) + (d**2).sum(1) - ((d @ p) ** 2).sum(1))
-    return distance, np.concatenate(influence)
-
-
-def _inception_score(logits, seed):
-    """Inception Score (Salimans et al. 2016), mean over splits, and its influence function at each image."""
-    value = isc_features_to_metric(logits, splits=10, rng_seed=seed)["inception_score_mean"]
-    order = np.random.RandomState(seed).permutation(len(logits))
-    log_p = logits[order].double().log_softmax(1)
-    influence = []
-    for log_p_split in log_p.tensor_split(10):
-        p = log_p_split.exp()
-        kl = torch.special.entr(p.mean(0)).sum() + (p * log_p_split).sum(1).mean()
-        cross = (p * (log_p_split - p.mean(0).clamp(min=1e-300).log())).sum(1)
-        influence.append(kl.exp() * (cross - kl))
-    return value, torch.cat(influence).numpy()
-
-
-def _kid(features, reference_features, seed):
-    """Kernel Inception Distance (Binkowski et al. 2018), and its values on disjoint blocks of both sets."""
-    features, reference_features = features.double(), reference_features.double()
-    n = min(len(features), len(reference_features))
-    size = min(1000, n)
-    options = {"rng_seed": seed, "verbose": False}
-    value = kid_features_to_metric(features, reference_features, kid_subset_size=size, **options)
-    block = max(2, min(size, n // 20))
-    shuffled = [x[np.random.RandomState(seed).permutation(len(x))] for x in (features, reference_features)]
-    blocks = [
-        kid_features_to_metric(
-            *(x[start : start + block] for x in shuffled), kid_subsets=1, kid_subset_size=block, **options
-        )["kernel_inception_distance_mean"]
-        for start in range(0, n - block + 1, block)
-    ]
-    return value["kernel_inception_distance_mean"], np.array(blocks)
-
-
-def _precision_recall(features, reference_features, device):
-    """Improved precision and recall (Kynkaanniemi et al. 2019), with the hits that each is the mean of."""
-    values = prc_features_to_metric(
-        features.to(device), reference_features.to(device), save_cpu_ram=True, prc_batch_size=2048, verbose=False
-    )
-    counts = {"precision": len(features), "recall": len(reference_features)}
-    return {key: (values[key], np.arange(n) < round(values[key] * n)) for key, n in counts.items()}
-
-
-def _bootstrap_interval(value, contributions, seed, confidence=0.95, resamples=1000):
-    """Percentile interval of value + (mean of resampled contributions - mean of contributions)."""
-    rng = np.random.default_rng(seed)
-    centred = np.asarray(contributions, dtype=np.float64) - np.mean(contributions)
-    means = [centred[rng.integers(0, len(centred), len(centred))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(value + low), float(value + high)
 
 
 @dataclass(frozen=True)
@@ -426,21 +192,21 @@ class Evaluator:
     ):
         metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         for metric in metrics:
-            _require(metric in MIN_IMAGES, "metrics", metric, f"of {sorted(MIN_IMAGES)}")
-        _require(len(metrics) > 0, "metrics", metrics, f"one or more of {sorted(MIN_IMAGES)}")
-        _require_int("batch_size", batch_size, 1)
-        _require_int("seed", seed, 0)
+            require(metric in MIN_IMAGES, "metrics", metric, f"of {sorted(MIN_IMAGES)}")
+        require(len(metrics) > 0, "metrics", metrics, f"one or more of {sorted(MIN_IMAGES)}")
+        require_count("batch_size", batch_size, 1)
+        require_count("seed", seed, 0)
         if not isinstance(extractor, torch.nn.Module):
             raise TypeError(f"`extractor` must be a FeatureClassifier or InceptionExtractor, got {type(extractor)}.")
         attributes = ("__len__", "__getitems__", "image_shape", "name", "fingerprint")
         if reference is None:
-            _require(set(metrics) == {"is"}, "reference", None, f"a data set for the metrics {metrics}")
+            require(set(metrics) == {"is"}, "reference", None, f"a data set for the metrics {metrics}")
         elif not all(hasattr(reference, attribute) for attribute in attributes):
             raise TypeError(f"`reference` must be an ImageData, with {attributes}, got {type(reference)}.")
         self.is_inception = isinstance(extractor, InceptionExtractor)
         backbone = getattr(getattr(extractor, "config", None), "backbone", None)
         self.name = extractor.name if self.is_inception else name or backbone
-        _require(self.name, "name", name, "given for a classifier without `config.backbone`")
+        require(self.name, "name", name, "given for a classifier without `config.backbone`")
         self.extractor = extractor.eval()
         if accelerator is not None:
             self.extractor.to(accelerator.device)
@@ -486,7 +252,7 @@ class Evaluator:
         `seed` defaults to the evaluator's, `batch_size` and `image_shape` to the evaluator's and the reference's.
         """
         seed = self.seed if seed is None else seed
-        _require_int("num_images", num_images, 1)
+        require_count("num_images", num_images, 1)
         self._check_number(num_images)
         options.setdefault("batch_size", self.batch_size)
         if self.reference is not None:
@@ -527,16 +293,16 @@ class Evaluator:
         found = {}
         if "fd" in self.metrics:
             mu, sigma = reference["mu"].numpy(), reference["sigma"].numpy()
-            found["fd"] = _fd(features, mu, sigma, len(self.reference), self.label("fd"))
+            found["fd"] = fd_with_influence(features, mu, sigma, len(self.reference), self.label("fd"))
         if "is" in self.metrics:
-            found["is"] = _inception_score(logits, seed32)
+            found["is"] = inception_score_with_influence(logits, seed32)
         if "kid" in self.metrics:
-            found["kid"] = _kid(features, reference["features"], seed32)
+            found["kid"] = kid_with_blocks(features, reference["features"], seed32)
         if {"precision", "recall"} & set(self.metrics):
-            found |= _precision_recall(features, reference["features"], self._device)
+            found |= precision_recall_with_hits(features, reference["features"], self._device)
         values = {}
         for metric in self.metrics:
-            interval = _bootstrap_interval(*found[metric], seed)
+            interval = bootstrap_interval(*found[metric], seed)
             least = {"fd": 0.0, "is": 1.0}.get(metric, -math.inf)
             interval = tuple(max(bound, least) for bound in interval)
             values[metric] = MetricValue(self.label(metric), found[metric][0], interval)
@@ -547,14 +313,14 @@ class Evaluator:
         """Features (n, D) and logits (n, K) in float32 of the images of all processes, in rank order."""
         features, logits, count = [torch.empty(0, 0)], [torch.empty(0, 0)], 0
         for batch in batches:
-            images = _as_uint8(batch, first=count)
+            images = as_uint8(batch, first=count)
             shape = shape or tuple(images.shape[1:])
-            _require(images.shape[1:] == shape, "images", tuple(images.shape[1:]), f"{shape}, as {self._whose_shape}")
+            require(images.shape[1:] == shape, "images", tuple(images.shape[1:]), f"{shape}, as {self._whose_shape}")
             for part in images.split(self.batch_size):
                 output = self.extractor(to_model_range(part.to(self._device)))
                 for name, rows in (("features", features), ("logits", logits)):
                     values = getattr(output, name).float().cpu()
-                    _require(values.isfinite().all(), name, "NaN or infinity", f"finite, from {self.name}")
+                    require(values.isfinite().all(), name, "NaN or infinity", f"finite, from {self.name}")
                     rows.append(values)
             count += len(images)
         return tuple(self._gather(torch.cat(rows[1:] or rows)) for rows in (features, logits))
@@ -599,7 +365,7 @@ class Evaluator:
             sizes["len(reference)"] = len(self.reference)
         for field, size in sizes.items():
             for metric in self.metrics:
-                _require(size >= MIN_IMAGES[metric], field, size, f"at least {MIN_IMAGES[metric]} for {metric!r}")
+                require(size >= MIN_IMAGES[metric], field, size, f"at least {MIN_IMAGES[metric]} for {metric!r}")
 
     @property
     def _whose_shape(self):
@@ -645,7 +411,7 @@ def _read_statistics(path: Path | None, num_images: int, need_features: bool) ->
         warnings.warn(f"The statistics in {path} are unreadable ({error}) and computed anew.", stacklevel=2)
         return None
     found = statistics["num_images"].item()
-    _require(found == num_images, "reference", f"statistics of {found} images in {path}", f"of {num_images} images")
+    require(found == num_images, "reference", f"statistics of {found} images in {path}", f"of {num_images} images")
     return statistics if "features" in statistics or not need_features else None
 
 
@@ -659,13 +425,3 @@ def _write_statistics(path: Path | None, statistics: dict[str, torch.Tensor]) ->
         os.replace(partial, path)
     except OSError as error:
         warnings.warn(f"The statistics of the reference could not be cached in {path}: {error}", stacklevel=2)
-
-
-def _require_int(name, value, least) -> None:
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    _require(integer and value >= least, name, value, f"an integer of at least {least}")
-
-
-def _require(condition, name, value, allowed) -> None:
-    if not condition:
-        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")

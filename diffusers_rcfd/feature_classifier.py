@@ -178,6 +178,18 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
             model.eval()
         return model
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "FeatureClassifier":
+        """Load what `save_pretrained` wrote, from a folder or the Hub, in eval mode; arguments as in Diffusers.
+
+        `low_cpu_mem_usage` defaults to False unless a `device_map` is given. `reference=True` and the other
+        constructor arguments that leave the weights as they are replace the saved value.
+        """
+        # On the meta device timm's Swin and ViTamin lose what they compute once, such as attention masks.
+        if kwargs.get("device_map") is None:
+            kwargs.setdefault("low_cpu_mem_usage", False)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     @property
     def num_features(self) -> int:
         """Length D of the features."""

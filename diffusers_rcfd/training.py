@@ -378,12 +378,20 @@ class Trainer:
 
     def _open_output_dir(self) -> Path | None:
         """Check `output_dir`; the checkpoint to resume from, with the metrics cut back to it, or None."""
-        checkpoint = prepare_output_dir(self.config, self.accelerator)
-        metrics = self.output_dir / METRICS_FILE
-        if checkpoint is not None and metrics.exists() and self.accelerator.is_main_process:
-            reached = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
-            lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-            metrics.write_text("".join(line for line in lines if json.loads(line)["global_step"] <= reached))
+        checkpoint = check_output_dir(self.config)
+        self.accelerator.wait_for_everyone()  # nobody writes before everyone has looked
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            metrics = self.output_dir / METRICS_FILE
+            if checkpoint is None:
+                metrics.unlink(missing_ok=True)
+                for old in [*self.output_dir.glob("checkpoint-*"), *self.output_dir.glob("samples")]:
+                    shutil.rmtree(old)
+            elif metrics.exists():
+                reached = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+                lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+                metrics.write_text("".join(line for line in lines if json.loads(line)["global_step"] <= reached))
+        self.accelerator.wait_for_everyone()
         return checkpoint
 
     def _unwrapped(self) -> torch.nn.Module:
@@ -416,8 +424,8 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def prepare_output_dir(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
-    """Make `output_dir`, or check that it may be used; returns the checkpoint to resume from, or None.
+def check_output_dir(config: TrainingConfig) -> Path | None:
+    """Check that `output_dir` may be used; returns the checkpoint to resume from, or None.
 
     Raises:
         ValueError: if it is not empty and neither resumed from nor overwritten.
@@ -431,20 +439,14 @@ def prepare_output_dir(config: TrainingConfig, accelerator: Accelerator) -> Path
                 f"`resume_from_checkpoint` must name a whole checkpoint; {resume!r} lacks {STATE_FILE}."
             )
         return checkpoint
-    if resume == "latest" and (checkpoints := find_checkpoints(output_dir)):
-        return checkpoints[-1]
-    if resume is None and not config.overwrite_output_dir and output_dir.exists() and any(output_dir.iterdir()):
+    if resume == "latest":
+        checkpoints = find_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    if not config.overwrite_output_dir and output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(
             f"`output_dir` must be an empty folder, got {str(output_dir)!r}: choose another, or pass "
             "`overwrite_output_dir` or `resume_from_checkpoint='latest'`."
         )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / METRICS_FILE).unlink(missing_ok=True)
-        for old in [*output_dir.glob("checkpoint-*"), *output_dir.glob("samples")]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
     return None
 
 

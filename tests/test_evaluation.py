@@ -19,19 +19,16 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusers_rcfd import EvaluationResult, Evaluator, FeatureClassifier, RCFDPipeline, RCFDScheduler
-from diffusers_rcfd.evaluation import (
-    INCEPTION_FILE,
-    InceptionExtractor,
-    _bootstrap_interval,
-    _fd,
-    _frechet,
-    _inception_score,
-    _kid,
+from diffusers_rcfd.distribution_metrics import (
+    bootstrap_interval,
+    fd_with_influence,
+    frechet_and_gradient,
     frechet_distance,
-    generate_images,
-    image_generator,
-    initial_noise,
+    inception_score_with_influence,
+    kid_with_blocks,
 )
+from diffusers_rcfd.evaluation import INCEPTION_FILE, InceptionExtractor
+from diffusers_rcfd.image_sampling import generate_images, image_generator, initial_noise
 from tests.toys import tiny_unet
 
 SHAPE = (1, 8, 8)
@@ -135,7 +132,7 @@ def test_frechet_distance_of_equal_rank_deficient_sets_is_zero():
     features = torch.randn(20, 100, generator=torch.Generator().manual_seed(0))
     s = fid_features_to_statistics(features.double())
     assert frechet_distance(s["mu"], s["sigma"], s["mu"], s["sigma"]) == pytest.approx(0, abs=1e-11)
-    assert _frechet(s["mu"], s["sigma"], s["mu"], s["sigma"])[2] == (19, 19)
+    assert frechet_and_gradient(s["mu"], s["sigma"], s["mu"], s["sigma"])[2] == (19, 19)
 
 
 def test_frechet_gradient_equals_finite_difference():
@@ -144,7 +141,7 @@ def test_frechet_gradient_equals_finite_difference():
     change = rng.standard_normal((4, 4))
     change += change.T
     mu, h = np.zeros(4), 1e-5
-    p = _frechet(mu, sigma1, mu, sigma2)[1]
+    p = frechet_and_gradient(mu, sigma1, mu, sigma2)[1]
     numeric = (
         frechet_distance(mu, sigma1 + h * change, mu, sigma2) - frechet_distance(mu, sigma1 - h * change, mu, sigma2)
     ) / (2 * h)
@@ -178,12 +175,12 @@ def _draws(metric, n=600, repeats=150):
     for _ in range(repeats):
         x = torch.from_numpy(rng.standard_normal((n, 3)) @ mix + 0.5)
         if metric == "fd":
-            value, contributions = _fd(x, np.zeros(3), np.eye(3), 4000, "FD")
+            value, contributions = fd_with_influence(x, np.zeros(3), np.eye(3), 4000, "FD")
         elif metric == "is":
-            value, contributions = _inception_score(x, seed=0)
+            value, contributions = inception_score_with_influence(x, seed=0)
         else:
-            value, contributions = _kid(x, reference[torch.from_numpy(rng.permutation(4000)[:n])], seed=0)
-        yield value, _bootstrap_interval(value, contributions, seed=0, resamples=200)
+            value, contributions = kid_with_blocks(x, reference[torch.from_numpy(rng.permutation(4000)[:n])], seed=0)
+        yield value, bootstrap_interval(value, contributions, seed=0, resamples=200)
 
 
 @pytest.mark.parametrize(("metric", "repeats"), [("fd", 150), ("is", 150), ("kid", 12)])
@@ -197,9 +194,9 @@ def test_confidence_interval_is_as_wide_as_the_spread_of_repeated_draws(metric, 
 
 def test_bootstrap_interval_closed_form_of_a_proportion():
     hits = np.arange(10_000) < 2_000
-    low, high = _bootstrap_interval(0.2, hits, seed=0)
+    low, high = bootstrap_interval(0.2, hits, seed=0)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.2 * 0.8 / 10_000), rel=0.1)
-    assert _bootstrap_interval(0.2, hits, seed=0) == (low, high)
+    assert bootstrap_interval(0.2, hits, seed=0) == (low, high)
 
 
 # Images
@@ -267,6 +264,13 @@ def test_generate_images_rejects_bad_arguments(options, words):
         generate_images(**options)
 
 
+def test_floats_are_rounded_to_the_nearest_level():
+    levels = random_images(4).clamp(1, 254)
+    for shift in (-0.4, 0.4):
+        sampled = generate_images(lambda *_, s=shift: (levels + s) / 255, 4, image_shape=SHAPE, progress=False)
+        assert torch.equal(next(sampled), levels)
+
+
 def test_labels_for_an_unconditional_pipeline_are_an_error():
     with pytest.raises(ValueError, match="class_labels"):
         list(generate_images(tiny_pipeline(), 2, class_labels=[0, 1], progress=False))
@@ -278,6 +282,7 @@ def test_labels_for_an_unconditional_pipeline_are_an_error():
 def test_values_equal_those_of_torch_fidelity_on_the_same_features():
     classifier, reference, images = TinyClassifier(), RandomImages(70), random_images(50)
     result = evaluator(ALL_METRICS, batch_size=16, reference=reference, extractor=classifier).evaluate(images)
+    assert not classifier.training  # batch statistics would make the value depend on the batch
     one, two = features_of(classifier, images), features_of(classifier, reference.images)
     statistics = [fid_features_to_statistics(x.features) for x in (one, two)]
     kid = kid_features_to_metric(one.features, two.features, kid_subset_size=50, rng_seed=0, verbose=False)
@@ -354,7 +359,6 @@ def test_works_with_a_feature_classifier():
     config = {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}
     classifier = FeatureClassifier("resnet18", num_classes=4, in_channels=1, small_stem=True, backbone_config=config)
     measure = evaluator(extractor=classifier, batch_size=8)
-    assert not classifier.training  # batch statistics would make the value depend on the batch
     result = measure.evaluate(random_images(20))
     assert result.metrics["fd"].label == "FD(resnet18)"
 
@@ -540,7 +544,7 @@ def test_other_files_are_refused_and_no_pickle_is_run(tmp_path, monkeypatch):
     torch.save({"weight": torch.zeros(2)}, "other.pth")
     with pytest.raises(ValueError, match="`inception_weights`.*other.pth"):
         InceptionExtractor("other.pth")
-    Path("evil.pth").write_bytes(pickle.dumps(Unpickled()))
+    Path("evil.pth").write_bytes(pickle.dumps(Unpickled(), protocol=2))
     with pytest.raises(ValueError, match="`inception_weights`.*evil.pth"):
         InceptionExtractor("evil.pth")
     assert not Path("unpickled").exists()

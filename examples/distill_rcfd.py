@@ -1,0 +1,161 @@
+"""From real images to a 1-step generator: base model, classifier, ladder of students, and a comparison.
+
+    accelerate launch examples/distill_rcfd.py
+
+runs the recipe `digits` on the CPU in minutes. A recipe sets any option, and the command line wins:
+
+    accelerate launch examples/distill_rcfd.py --config cifar10_resnet18 --teacher me/ddpm --output_dir runs/cifar10
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffusers_rcfd.command_line import parse_options
+from diffusers_rcfd.configs import CFDDistillationConfig, ClassifierConfig, DataConfig, DiffusionConfig, option
+
+
+@dataclass
+class Job:
+    """What to distil, with what, and how to judge it."""
+
+    teacher: str | None = option(
+        None, "Pipeline (folder or Hub id) to distil. Unset: one is trained (base_* options)."
+    )
+    classifier: str | None = option(
+        None, "Classifier: a folder, a Hub id or a timm name. Unset: one is trained (classifier_* options)."
+    )
+    evaluator: str | None = option(
+        None, "Classifier that measures and that no loss sees. Unset: one is trained (evaluator_* options)."
+    )
+    unet_preset: str = option("digits", "Architecture of a base model trained here.")
+    class_conditional: bool = option(False, "Train the base model with the class labels.")
+    dropout: float = option(0.0, "Dropout of base training; distillation has none.")
+    backbone: str = option("resnet18", "timm network of a classifier trained here.")
+    evaluator_backbone: str = option("resnet18", "timm network of an evaluator trained here.")
+    small_stem: bool = option(True, "ResNet and DenseNet classifiers begin with a 3x3 convolution, for small images.")
+    compare_with_pd: bool = option(True, "Also distil the classifier-guided rungs by pd, for the comparison.")
+    num_eval_images: int = option(50_000, "Generated images that each line of the comparison is measured on.")
+    eval_batch_size: int = option(256, "Images that the comparison generates at a time.")
+
+
+SHARED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "mixed_precision", "report_to",
+          "dataloader_num_workers")  # fmt: skip
+
+
+def main():
+    job, data, base, classifier, evaluator, distillation = parse_options(
+        Job,
+        DataConfig,
+        (DiffusionConfig, "base_", SHARED),
+        (ClassifierConfig, "classifier_", SHARED),
+        (ClassifierConfig, "evaluator_", SHARED),
+        CFDDistillationConfig,
+        description=__doc__,
+        recipes=Path(__file__).parent / "configs",
+        default_recipe="digits",
+    )
+    run(job, data, base, classifier, evaluator, distillation)
+
+
+def run(job, data, base, classifier, evaluator, distillation):
+    """Train what is missing, run the ladder, compare."""
+    import torch
+    from accelerate import Accelerator
+
+    from diffusers_rcfd import (
+        CFDDistillationTrainer,
+        ClassifierTrainer,
+        DiffusionTrainer,
+        Evaluator,
+        FeatureClassifier,
+        RCFDPipeline,
+        RCFDScheduler,
+        build_unet,
+        load_feature_classifier,
+        load_image_data,
+    )
+    from diffusers_rcfd.comparison import Contender, compare, markdown_table, save_comparison, save_comparison_grid
+    from diffusers_rcfd.training import check_output_dir
+
+    output_dir = Path(distillation.output_dir)
+    check_output_dir(distillation)
+    images = load_image_data(**vars(data))
+    shared = {name: getattr(distillation, name) for name in SHARED}
+
+    def inside(config, folder, seed_offset=0):
+        """A part's own options with what all parts share, in a folder of its own."""
+        return replace(
+            config, **shared | {"output_dir": str(output_dir / folder), "seed": shared["seed"] + seed_offset}
+        )
+
+    # 1. The base model.
+    if job.teacher is not None:
+        teacher = RCFDPipeline.from_pretrained(job.teacher)
+    else:
+        torch.manual_seed(distillation.seed)
+        num_class_embeds = images.num_classes if job.class_conditional else None
+        unet = build_unet(job.unet_preset, dropout=job.dropout, num_class_embeds=num_class_embeds)
+        DiffusionTrainer(unet, RCFDScheduler(), inside(base, "base"), images).train()
+        teacher = RCFDPipeline.from_pretrained(output_dir / "base")
+
+    # 2. The classifier whose features are distilled, and another that only measures.
+    def classifier_of(name, config, backbone, folder, seed_offset):
+        if name is not None:
+            return load_feature_classifier(name)
+        torch.manual_seed(distillation.seed + seed_offset)
+        network = FeatureClassifier(
+            backbone, num_classes=images.num_classes, in_channels=images.image_shape[0], small_stem=job.small_stem
+        )
+        return ClassifierTrainer(network, inside(config, folder, seed_offset), images).train()
+
+    guide = None
+    if any(objective != "pd" for objective in distillation.objective):
+        guide = classifier_of(job.classifier, classifier, job.backbone, "classifier", 1000)
+    judge = classifier_of(job.evaluator, evaluator, job.evaluator_backbone, "evaluator", 2000)
+
+    # 3. The ladder, and by pd the rungs that the classifier guided.
+    trainer = CFDDistillationTrainer(teacher, guide, inside(distillation, "students"), images)
+    trainer.train()
+    students = {rung: output_dir / "students" / rung.name for rung in trainer.rungs}
+    guided = [rung for rung in trainer.rungs if rung.objective != "pd"]
+    if job.compare_with_pd and guided:
+        by_pd = replace(
+            inside(distillation, "students-pd"),
+            student_steps=[rung.student_steps for rung in guided],
+            teacher_steps=[rung.teacher_steps for rung in guided],
+            max_train_steps=[rung.max_train_steps for rung in guided],
+            objective=["pd"],
+            temperature=None,
+            regularization_weight=None,
+            entropy_ratio=None,
+        )
+        above = [rung for rung in trainer.rungs if rung.student_steps > guided[0].student_steps]
+        pd_teacher = RCFDPipeline.from_pretrained(students[above[-1]]) if above else teacher
+        pd_trainer = CFDDistillationTrainer(pd_teacher, None, by_pd, images)
+        pd_trainer.train()
+        students |= {rung: output_dir / "students-pd" / rung.name for rung in pd_trainer.rungs}
+
+    # 4. The comparison.
+    accelerator = Accelerator()
+    steps = sorted({rung.student_steps for rung in students if rung.student_steps <= 8}, reverse=True)
+    base_steps = [N for N in steps if teacher.scheduler.config.num_inference_steps is None]
+    contenders = [Contender("DDIM", N, teacher) for N in base_steps]
+    for rung, folder in sorted(students.items(), key=lambda item: (item[0].objective, -item[0].student_steps)):
+        if rung.student_steps <= 8:
+            student = RCFDPipeline.from_pretrained(folder)
+            contenders.append(Contender(rung.objective.upper(), rung.student_steps, student))
+    for contender in contenders:
+        contender.pipeline.to(accelerator.device)
+    measure = Evaluator(judge, images, name=f"{job.evaluator_backbone}-{data.dataset}", accelerator=accelerator,
+                        batch_size=job.eval_batch_size, seed=distillation.seed)  # fmt: skip
+    rows = compare(contenders, measure, job.num_eval_images, seed=distillation.seed)
+    if accelerator.is_main_process:
+        save_comparison(rows, output_dir)
+        save_comparison_grid(contenders, output_dir / "comparison.png", seed=distillation.seed)
+        print(f"\n{markdown_table(rows)}\n")
+        print(f"Everything is in {output_dir}: comparison.png, comparison.md, and pipelines for "
+              f"RCFDPipeline.from_pretrained, such as {students[trainer.rungs[-1]]}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
