@@ -460,17 +460,17 @@ def test_timm_names_load_pretrained(name, monkeypatch):
 
 
 def test_hub_repository_is_told_by_its_config(tmp_path, checkpoints, monkeypatch):
-    from diffusers_rcfd.feature_classifier import _find_source
+    from diffusers_rcfd.classifier_backbones import find_source
 
     small_resnet().save_pretrained(tmp_path / "ours")
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     folders = {"me/ours": tmp_path / "ours", "me/timm": tmp_path / "timm", "me/vit": checkpoints["vit"]}
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: os.path.join(folders[repo], file))
-    assert _find_source("me/ours") == ("saved", "me/ours")
-    assert _find_source("me/timm") == ("timm", "hf-hub:me/timm")
-    assert _find_source("me/vit") == ("transformers", "me/vit")
-    assert _find_source("hf-hub:me/timm") == ("timm", "hf-hub:me/timm")
+    assert find_source("me/ours") == ("saved", "me/ours")
+    assert find_source("me/timm") == ("timm", "hf-hub:me/timm")
+    assert find_source("me/vit") == ("transformers", "me/vit")
+    assert find_source("hf-hub:me/timm") == ("timm", "hf-hub:me/timm")
 
 
 # Refusals
