@@ -233,6 +233,7 @@ class Trainer:
             "num_workers": config.dataloader_num_workers,
             "pin_memory": accelerator.device.type == "cuda",
             "collate_fn": getattr(self.train_dataset, "collate", None),
+            "generator": torch.Generator(),  # of its own, or it would draw from that of the dropout
         }
         if isinstance(self.train_dataset, IterableDataset):
             batches = self._stream(first, loader_options)

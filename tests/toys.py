@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusers_rcfd import build_unet
+from diffusers_rcfd import FeatureClassifier, RCFDPipeline, RCFDScheduler, build_unet
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -32,3 +32,24 @@ def tiny_unet(**overrides):
     """An 8x8 U-Net with 8 channels."""
     options = {"block_out_channels": (8, 8), "norm_num_groups": 4, "attention_head_dim": 4}
     return build_unet("digits", **(options | overrides))
+
+
+def tiny_classifier(num_classes=10, **overrides):
+    """A small-stem ResNet for 8x8 grey images."""
+    options = {"in_channels": 1, "small_stem": True, "num_classes": num_classes}
+    return FeatureClassifier("test_resnet", **(options | overrides))
+
+
+def tiny_teacher(num_inference_steps=None, seed=0, **overrides):
+    """A randomly initialised pipeline for 8x8 grey images."""
+    torch.manual_seed(seed)
+    scheduler_options = {key: overrides.pop(key) for key in ("prediction_type",) if key in overrides}
+    scheduler = RCFDScheduler(num_inference_steps=num_inference_steps, **scheduler_options)
+    pipeline = RCFDPipeline(tiny_unet(**overrides), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def parameters(model):
+    """All weights of a model as one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

@@ -1,0 +1,47 @@
+"""Train a base diffusion model on real images and save it as a pipeline.
+
+accelerate launch examples/train_teacher.py --config digits_teacher --output_dir runs/digits-base
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers_rcfd.command_line import parse_options
+from diffusers_rcfd.configs import DataConfig, DiffusionConfig, option
+
+
+@dataclass
+class Network:
+    """The network to train."""
+
+    unet_preset: str = option("digits", "Architecture: one of the names in `UNET_PRESETS`.")
+    class_conditional: bool = option(False, "Give the network the class labels.")
+    dropout: float = option(0.1, "Dropout while training.")
+    prediction_type: str = option("sample", "What the network predicts: 'sample' (x0), 'epsilon' or 'v_prediction'.")
+    beta_schedule: str = option("squaredcos_cap_v2", "Noise schedule: any that DDIMScheduler names.")
+
+
+def main():
+    network, data, config = parse_options(
+        Network, DataConfig, DiffusionConfig, description=__doc__, recipes=Path(__file__).parent / "configs"
+    )
+    import torch
+
+    from diffusers_rcfd import DiffusionTrainer, RCFDScheduler, build_unet, load_image_data
+    from diffusers_rcfd.training import check_output_dir
+
+    check_output_dir(config)
+    scheduler = RCFDScheduler(prediction_type=network.prediction_type, beta_schedule=network.beta_schedule)
+    images = load_image_data(**vars(data))
+    torch.manual_seed(config.seed)
+    unet = build_unet(
+        network.unet_preset,
+        dropout=network.dropout,
+        num_class_embeds=images.num_classes if network.class_conditional else None,
+    )
+    DiffusionTrainer(unet, scheduler, config, images).train()
+    print(f"The base model is in {config.output_dir}: RCFDPipeline.from_pretrained({config.output_dir!r})")
+
+
+if __name__ == "__main__":
+    main()
