@@ -88,7 +88,8 @@ class CFDDistillationTrainer(Trainer):
             self.scheduler = RCFDScheduler.from_config(scheduler_config)
             if self.classifier is not None:
                 self.classifier.to(self.accelerator.device).freeze()
-            yield Stage(self.rung.name, index, student.requires_grad_(True), self.rung.max_train_steps)
+            without_dropout(student).requires_grad_(True)
+            yield Stage(self.rung.name, index, student, self.rung.max_train_steps)
             self.teacher = RCFDPipeline(self.model, self.scheduler)
 
     def train(self) -> RCFDPipeline:
@@ -166,3 +167,12 @@ class CFDDistillationTrainer(Trainer):
             rung.entropy_ratio,
         )
         return {"loss": loss, **terms}
+
+
+def without_dropout(unet: UNet2DModel) -> UNet2DModel:
+    """The network itself, which no longer drops anything in training."""
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    unet.register_to_config(dropout=0.0)
+    return unet

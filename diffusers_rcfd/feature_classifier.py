@@ -39,7 +39,7 @@ class FeatureClassifierOutput(BaseOutput):
     """
 
     logits: torch.Tensor
-    features: torch.Tensor
+    features: torch.Tensor = None  # never None; the default lets Accelerate rebuild an output from a dictionary
 
 
 class FeatureClassifier(ModelMixin, ConfigMixin):

@@ -15,8 +15,8 @@ _CIFAR10 = {
 }
 
 
-def _attention_at(level: int, levels: int) -> dict:
-    """Block types of a U-Net with self-attention at one level (0 is the full resolution) and in the middle."""
+def _attention_at(level: int | None, levels: int) -> dict:
+    """Block types of a U-Net with self-attention at one level (0 is the full resolution) and in the middle block."""
     down = ["AttnDownBlock2D" if i == level else "DownBlock2D" for i in range(levels)]
     up = ["AttnUpBlock2D" if i == level else "UpBlock2D" for i in reversed(range(levels))]
     return {"down_block_types": tuple(down), "up_block_types": tuple(up)}
@@ -32,7 +32,7 @@ UNET_PRESETS = {
     | {"in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64, 128), "layers_per_block": 1}
     | {"norm_num_groups": 16},
     "digits": _CIFAR10
-    | _attention_at(1, levels=2)
+    | _attention_at(None, levels=2)
     | {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64), "layers_per_block": 1}
     | {"norm_num_groups": 16},
 }

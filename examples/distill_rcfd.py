@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import CFDDistillationConfig, ClassifierConfig, DataConfig, DiffusionConfig, option
+from diffusers_rcfd.configs import (
+    CFDDistillationConfig,
+    ClassifierConfig,
+    DataConfig,
+    DiffusionConfig,
+    option,
+    require,
+)
 
 
 @dataclass
@@ -42,19 +49,19 @@ SHARED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed"
           "dataloader_num_workers")  # fmt: skip
 
 
+GROUPS = (
+    Job,
+    DataConfig,
+    (DiffusionConfig, "base_", SHARED),
+    (ClassifierConfig, "classifier_", SHARED),
+    (ClassifierConfig, "evaluator_", SHARED),
+    CFDDistillationConfig,
+)
+
+
 def main():
-    job, data, base, classifier, evaluator, distillation = parse_options(
-        Job,
-        DataConfig,
-        (DiffusionConfig, "base_", SHARED),
-        (ClassifierConfig, "classifier_", SHARED),
-        (ClassifierConfig, "evaluator_", SHARED),
-        CFDDistillationConfig,
-        description=__doc__,
-        recipes=Path(__file__).parent / "configs",
-        default_recipe="digits",
-    )
-    run(job, data, base, classifier, evaluator, distillation)
+    recipes = Path(__file__).parent / "configs"
+    run(*parse_options(*GROUPS, description=__doc__, recipes=recipes, default_recipe="digits"))
 
 
 def run(job, data, base, classifier, evaluator, distillation):
@@ -77,9 +84,21 @@ def run(job, data, base, classifier, evaluator, distillation):
     from diffusers_rcfd.comparison import Contender, compare, markdown_table, save_comparison, save_comparison_grid
     from diffusers_rcfd.training import check_output_dir
 
+    # Everything that can be wrong is found here, before any training.
     output_dir = Path(distillation.output_dir)
+    resume = distillation.resume_from_checkpoint
+    require(resume in (None, "latest"), "resume_from_checkpoint", resume, "'latest' for this job of several parts")
     check_output_dir(distillation)
     images = load_image_data(**vars(data))
+    teacher = None if job.teacher is None else RCFDPipeline.from_pretrained(job.teacher)
+    guide = None if job.classifier is None else load_feature_classifier(job.classifier)
+    judge = None if job.evaluator is None else load_feature_classifier(job.evaluator)
+    scheduler = RCFDScheduler() if teacher is None else teacher.scheduler
+    rungs = distillation.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
+    guided = [rung for rung in rungs if rung.objective != "pd"]
+    if images.num_classes is None and (judge is None or (guide is None and guided)):
+        raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
+
     shared = {name: getattr(distillation, name) for name in SHARED}
 
     def inside(config, folder, seed_offset=0):
@@ -89,35 +108,29 @@ def run(job, data, base, classifier, evaluator, distillation):
         )
 
     # 1. The base model.
-    if job.teacher is not None:
-        teacher = RCFDPipeline.from_pretrained(job.teacher)
-    else:
+    if teacher is None:
         torch.manual_seed(distillation.seed)
         num_class_embeds = images.num_classes if job.class_conditional else None
         unet = build_unet(job.unet_preset, dropout=job.dropout, num_class_embeds=num_class_embeds)
-        DiffusionTrainer(unet, RCFDScheduler(), inside(base, "base"), images).train()
+        DiffusionTrainer(unet, scheduler, inside(base, "base"), images).train()
         teacher = RCFDPipeline.from_pretrained(output_dir / "base")
 
     # 2. The classifier whose features are distilled, and another that only measures.
-    def classifier_of(name, config, backbone, folder, seed_offset):
-        if name is not None:
-            return load_feature_classifier(name)
+    def train_classifier(config, backbone, folder, seed_offset):
         torch.manual_seed(distillation.seed + seed_offset)
         network = FeatureClassifier(
             backbone, num_classes=images.num_classes, in_channels=images.image_shape[0], small_stem=job.small_stem
         )
         return ClassifierTrainer(network, inside(config, folder, seed_offset), images).train()
 
-    guide = None
-    if any(objective != "pd" for objective in distillation.objective):
-        guide = classifier_of(job.classifier, classifier, job.backbone, "classifier", 1000)
-    judge = classifier_of(job.evaluator, evaluator, job.evaluator_backbone, "evaluator", 2000)
+    if guide is None and guided:
+        guide = train_classifier(classifier, job.backbone, "classifier", 1000)
+    if judge is None:
+        judge = train_classifier(evaluator, job.evaluator_backbone, "evaluator", 2000)
 
     # 3. The ladder, and by pd the rungs that the classifier guided.
-    trainer = CFDDistillationTrainer(teacher, guide, inside(distillation, "students"), images)
-    trainer.train()
-    students = {rung: output_dir / "students" / rung.name for rung in trainer.rungs}
-    guided = [rung for rung in trainer.rungs if rung.objective != "pd"]
+    CFDDistillationTrainer(teacher, guide, inside(distillation, "students"), images).train()
+    students = {rung: output_dir / "students" / rung.name for rung in rungs}
     if job.compare_with_pd and guided:
         by_pd = replace(
             inside(distillation, "students-pd"),
@@ -129,7 +142,7 @@ def run(job, data, base, classifier, evaluator, distillation):
             regularization_weight=None,
             entropy_ratio=None,
         )
-        above = [rung for rung in trainer.rungs if rung.student_steps > guided[0].student_steps]
+        above = [rung for rung in rungs if rung.student_steps > guided[0].student_steps]
         pd_teacher = RCFDPipeline.from_pretrained(students[above[-1]]) if above else teacher
         pd_trainer = CFDDistillationTrainer(pd_teacher, None, by_pd, images)
         pd_trainer.train()
@@ -154,7 +167,7 @@ def run(job, data, base, classifier, evaluator, distillation):
         save_comparison_grid(contenders, output_dir / "comparison.png", seed=distillation.seed)
         print(f"\n{markdown_table(rows)}\n")
         print(f"Everything is in {output_dir}: comparison.png, comparison.md, and pipelines for "
-              f"RCFDPipeline.from_pretrained, such as {students[trainer.rungs[-1]]}")  # fmt: skip
+              f"RCFDPipeline.from_pretrained, such as {students[rungs[-1]]}")  # fmt: skip
 
 
 if __name__ == "__main__":

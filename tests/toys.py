@@ -43,7 +43,8 @@ def tiny_classifier(num_classes=10, **overrides):
 def tiny_teacher(num_inference_steps=None, seed=0, **overrides):
     """A randomly initialised pipeline for 8x8 grey images."""
     torch.manual_seed(seed)
-    scheduler_options = {key: overrides.pop(key) for key in ("prediction_type",) if key in overrides}
+    names = ("prediction_type", "beta_schedule")
+    scheduler_options = {name: overrides.pop(name) for name in names if name in overrides}
     scheduler = RCFDScheduler(num_inference_steps=num_inference_steps, **scheduler_options)
     pipeline = RCFDPipeline(tiny_unet(**overrides), scheduler)
     pipeline.set_progress_bar_config(disable=True)

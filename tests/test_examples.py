@@ -1,0 +1,180 @@
+"""Every example script as a user runs it: a process of its own, the smallest real setting."""
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from diffusers_rcfd import FeatureClassifier, RCFDPipeline
+from diffusers_rcfd.command_line import parse_options
+from tests.toys import tiny_classifier, tiny_teacher
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+SMALL = [
+    "--base_max_train_steps", "3", "--classifier_max_train_steps", "2", "--evaluator_max_train_steps", "2",
+    "--base_train_batch_size", "8", "--train_batch_size", "8", "--max_train_steps", "2", "--base_sample_steps", "0",
+    "--sample_steps", "0", "--num_eval_images", "32", "--checkpointing_steps", "2",
+]  # fmt: skip
+
+
+def command(script, *args):
+    return [sys.executable, str(EXAMPLES / script), *map(str, args)]
+
+
+def run(script, *args, launch=False, expect=0):
+    line = command(script, *args)
+    if launch:
+        line = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *line[1:]]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_no_torch(script):
+    probe = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print('torch' in sys.modules, 'diffusers' in sys.modules))
+sys.argv = [{script!r}, '--help']
+runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False False", done.stderr
+    assert "--" in done.stdout
+
+
+def test_main_job_end_to_end(tmp_path):
+    done = run("distill_rcfd.py", *SMALL, "--output_dir", tmp_path / "run", launch=True)
+    folder = tmp_path / "run"
+    rows = json.loads((folder / "comparison.json").read_text())
+    lines = [(row["method"], row["num_inference_steps"]) for row in rows]
+    assert lines == [*(("DDIM", N) for N in (8, 4, 2, 1)), *(("PD", N) for N in (8, 4, 2, 1)),
+                     *(("RCFD", N) for N in (4, 2, 1))]  # fmt: skip
+    table = (folder / "comparison.md").read_text()
+    assert table in done.stdout and f"Everything is in {folder}" in done.stdout
+    assert "FD(" in table and "IS(" in table and "images/s" in table and "FID" not in table
+    assert Image.open(folder / "comparison.png").width > 800
+    for rung in ("students/16-step", "students/1-step", "students-pd/1-step", "base"):
+        RCFDPipeline.from_pretrained(folder / rung)
+    assert rows[0]["evaluation"]["reference"].startswith("digits")
+    before = (folder / "students/1-step/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    run("distill_rcfd.py", *SMALL, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    assert (folder / "students/1-step/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+    refused = run("distill_rcfd.py", *SMALL, "--output_dir", folder, expect=1)
+    assert "`output_dir` must be an empty folder" in refused.stderr
+
+
+def test_main_job_with_a_teacher_classifier_and_data_of_ones_own(tmp_path):
+    teacher = tiny_teacher(8)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny_classifier(3).save_pretrained(tmp_path / "classifier")
+    tiny_classifier(3).save_pretrained(tmp_path / "evaluator")
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "images" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (12, 9), np.uint8)).save(folder / f"{number}.png")
+    run("distill_rcfd.py", *SMALL, "--teacher", tmp_path / "teacher", "--classifier", tmp_path / "classifier",
+        "--evaluator", tmp_path / "evaluator", "--dataset", tmp_path / "images", "--resolution", 8,
+        "--student_steps", 4, 1, "--teacher_steps", 2, 4, "--objective", "rcfd", "--output_dir",
+        tmp_path / "run", "--cache_dir", tmp_path / "cache")  # fmt: skip
+    rows = json.loads((tmp_path / "run/comparison.json").read_text())
+    assert [(row["method"], row["num_inference_steps"]) for row in rows] == [
+        ("PD", 4),
+        ("PD", 1),
+        ("RCFD", 4),
+        ("RCFD", 1),
+    ]
+    assert not (tmp_path / "run/base").exists() and not (tmp_path / "run/classifier").exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--temperature", "1.5"], "`temperature` must be in (0, 1], got 1.5"),
+        (["--student_steps", "2", "4"], "`student_steps` must be in falling order"),
+        (["--teacher_steps", "2", "4", "2", "2", "2"], "`teacher_steps` must be 2, for 16 steps to become 8"),
+        (["--classifier", "no/such/classifier"], "No classifier 'no/such/classifier'"),
+        (["--unet_preset", "cifar10"], "`train_dataset` must hold images of shape"),
+        (["--label_column", ""], "must have class labels"),
+        (["--resume_from_checkpoint", "checkpoint-5"], "`resume_from_checkpoint` must be 'latest' for this job"),
+        (["--config", "cifar"], "`--config` must be a YAML file or one of"),
+        (["--dataset", "no/such/folder.parquet"], "no such file or folder"),
+    ],
+)
+def test_mistakes_are_found_before_any_training(tmp_path, args, message):
+    if args[0] == "--teacher_steps":  # 16 steps times 2 leave a base model free; a skipped rung must fit the ladder
+        args, message = (
+            ["--teacher_steps", "2", "4", "2", "2", "2"],
+            "`teacher_steps` must be 2, for 16 steps to become 8",
+        )
+    done = subprocess.run(command("distill_rcfd.py", *SMALL, *args, "--output_dir", tmp_path / "run"),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode != 0 and message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_killed_in_the_middle_of_a_rung_goes_on_in_it(tmp_path):
+    """SIGKILL during the main job; `--resume_from_checkpoint latest` continues the same rung, not an earlier one."""
+    folder = tmp_path / "run"
+    args = [*SMALL, "--max_train_steps", "12", "--checkpointing_steps", "3", "--logging_steps", "1",
+            "--student_steps", "2", "1", "--teacher_steps", "4", "2", "--objective", "pd"]  # fmt: skip
+    process = subprocess.Popen(command("distill_rcfd.py", *args, "--output_dir", folder), cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while process.poll() is None and not (folder / "students/checkpoint-18/trainer_state.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    first = (folder / "students/2-step/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    run("distill_rcfd.py", *args, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    assert (folder / "students/2-step/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == first
+    lines = [json.loads(line) for line in (folder / "students/metrics.jsonl").read_text().splitlines()]
+    assert [line["global_step"] for line in lines] == list(range(1, 25))
+
+
+def test_train_teacher_classifier_and_sample(tmp_path):
+    small = ["--max_train_steps", 2, "--train_batch_size", 8]
+    run("train_teacher.py", "--config", "digits", *small, "--sample_steps", 0, "--output_dir", tmp_path / "base",
+        "--class_conditional", "--prediction_type", "v_prediction")  # fmt: skip
+    base = RCFDPipeline.from_pretrained(tmp_path / "base")
+    assert base.unet.config.num_class_embeds == 10 and base.scheduler.config.prediction_type == "v_prediction"
+    done = run("train_classifier.py", "--config", "digits", *small, "--output_dir", tmp_path / "classifier")
+    assert "Accuracy 0." in done.stdout and "180 held-out images" in done.stdout
+    FeatureClassifier.from_pretrained(tmp_path / "classifier")
+
+    options = ["--model", tmp_path / "base", "--num_images", 5, "--num_inference_steps", 2]
+    run("sample.py", *options, "--output", tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (5 * 9 + 1, 10)
+    run("sample.py", *options, "--output", tmp_path / "images.npz", "--batch_size", 2)
+    run("sample.py", *options, "--output", tmp_path / "images", "--batch_size", 3)
+    images = np.load(tmp_path / "images.npz")["images"]
+    assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8
+    files = sorted((tmp_path / "images").iterdir())
+    assert len(files) == 5
+    for image, file in zip(images, files, strict=True):
+        np.testing.assert_allclose(image[..., 0].astype(int), np.asarray(Image.open(file)).astype(int), atol=1)
+    refused = run("sample.py", *options, "--output", tmp_path / "images", expect=2)
+    assert "`output` must be a new file or empty folder" in refused.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_main_job_hold_only_known_options(recipe, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("distill_rcfd")
+
+    job, *_, distillation = parse_options(*script.GROUPS, args=["--config", str(recipe)])
+    rungs = distillation.rungs(None, 1024)
+    assert [rung.student_steps for rung in rungs][-3:] == [4, 2, 1]
+    assert rungs[-4].student_steps == 8 and rungs[-4].objective == "pd"
+    written = yaml.safe_load(recipe.read_text())
+    assert job.unet_preset == written["unet_preset"] and distillation.output_dir == f"runs/{recipe.stem}"
