@@ -1,10 +1,10 @@
 """The authors' checkpoints turned into an `RCFDPipeline` and a `FeatureClassifier`.
 
 Known, from their files and public code: a U-Net file is a dict of `net_model` (and, of a base model, `ema_model`), the
-noise `x_T` that its sample images start from, `T` and `time_scale`. `T` is the number of steps N the network was made
-for, `time_scale` what turns its step k = 1..N into the index t = k * time_scale that the network is fed; T * time_scale
-is 1024 and the table of time embeddings has an entry for each of 0..1024. A base model has time_scale 1. A classifier
-file is a dict with `model`. Every number that shapes a network is read off its tensors.
+noise `x_T` that its sample images start from, `T` and `time_scale`. `T` is the number of steps N that the network was
+made for, and its step k = 1..N is fed as the index t = k * time_scale, so that T * time_scale is 1024 and the table of
+time embeddings has 1025 rows. A base model has time_scale 1. A classifier file is a dict with `model`. Every number
+that shapes a network is read off its tensors.
 
 Not in a file, so taken from an argument or assumed: what the network predicts (x0 by default), the cosine schedule,
 the normalisation of the classifier's images, the strides of its convolutions and what it pools.
@@ -72,9 +72,11 @@ def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:  # a broken pickle can fail in any way
+        # Of torch's message only the reason: the rest is advice to switch the safeguard off.
+        reason = next((line for line in str(error).splitlines() if "nsupported" in line), type(error).__name__)
         raise ValueError(
-            f"`checkpoint` {str(path)!r} cannot be read with weights_only=True: it is truncated, in another format, or "
-            f"holds code. {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"`checkpoint` {str(path)!r} cannot be read with weights_only=True: it is truncated, in another format or "
+            f"holds code ({reason})."
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"`checkpoint` {str(path)!r} must hold a dict, got {type(checkpoint).__name__}.")
@@ -126,7 +128,8 @@ def convert_unet(
         up_block_types=tuple(f"{_attention_prefix(state, 'upblocks', level)}UpBlock2D" for level in up),
         num_class_embeds=_get(state, _LABEL_INPUT[0]).shape[1] if _LABEL_INPUT[0] in state else None,
     )
-    _load(unet, _unet_tensors(state, _unet_modules(down, up)))
+    modules = _unet_modules(down, up)
+    _load(unet, _unet_tensors(state, modules), {ours: theirs for theirs, ours in modules.items()})
     if num_inference_steps is None and time_scale > 1:
         num_inference_steps = T
     scheduler = RCFDScheduler(len(table), prediction_type=prediction_type, num_inference_steps=num_inference_steps)
@@ -200,11 +203,8 @@ def convert_classifier(
         reference=reference,
         backbone_config=config,
     )
-    _load(classifier.network, tensors)
+    _load(classifier.network, tensors, theirs={})
     return classifier.eval()
-
-
-# --- U-Net ----------------------------------------------------------------------------------------------------
 
 
 def _unet_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, torch.Tensor]:
@@ -217,9 +217,10 @@ def _unet_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, torch.T
 
 
 def _check_time_table(table: torch.Tensor, T: int, time_scale: int) -> None:
+    if table.ndim != 2 or len(table) != T * time_scale + 1:
+        shape = tuple(table.shape)
+        raise ValueError(f"`{_TABLE}` must have T * time_scale + 1 = {T * time_scale + 1} rows, got shape {shape}.")
     n, width = table.shape
-    if n != T * time_scale + 1:
-        raise ValueError(f"`{_TABLE}` must have T * time_scale + 1 = {T} * {time_scale} + 1 rows, got {n}.")
     frequencies = torch.exp(-math.log(10000) * torch.arange(0, width, 2) / width)
     angles = torch.arange(n)[:, None] * frequencies
     expected = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # (n, width): sine, cosine, sine, ...
@@ -276,14 +277,9 @@ def _unet_tensors(state: dict[str, torch.Tensor], modules: dict[str, str]) -> di
         tensors[f"{modules.get(module, module)}.{parameter}"] = (key, tensor)
     del tensors[_TABLE]
     if _LABEL_INPUT[0] in state:  # a linear layer on one-hot labels: the same as a table of its columns
-        weight, bias = (_get(state, name) for name in _LABEL_INPUT)
-        for name in _LABEL_INPUT:
-            del tensors[name]
+        (_, weight), (_, bias) = (tensors.pop(name, ("", _get(state, name))) for name in _LABEL_INPUT)
         tensors["class_embedding.weight"] = (_LABEL_INPUT[0], weight.T + bias)
     return tensors
-
-
-# --- classifier -----------------------------------------------------------------------------------------------
 
 
 def _resnet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | None]:
@@ -309,15 +305,11 @@ def _densenet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | Non
     return "densenet121", {"growth_rate": growth_rate, "block_config": block_config, "bn_size": width // growth_rate}
 
 
-# --- both -----------------------------------------------------------------------------------------------------
-
-
 def _tensors(state: Any, name: str) -> dict[str, torch.Tensor]:
     """The weights of a file, without the prefix that DataParallel gives every name."""
     if not isinstance(state, dict) or not state:
-        raise ValueError(f"`{name}` of the checkpoint must be a dict of tensors, got {state!r:.100}.")
-    strange = [key for key, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
-    if strange:
+        raise ValueError(f"`{name}` of the checkpoint must be a dict of tensors, got {type(state).__name__}.")
+    if strange := [key for key, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
         raise ValueError(f"`{name}` of the checkpoint must hold tensors only, got something else at {_some(strange)}.")
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
@@ -335,13 +327,17 @@ def _count(checkpoint: dict[str, Any], name: str) -> int:
     return value
 
 
-def _load(model: nn.Module, tensors: dict[str, tuple[str, torch.Tensor]]) -> None:
-    """Fill every weight of the model from its name -> (name in the file, tensor), with none left over."""
+def _load(model: nn.Module, tensors: dict[str, tuple[str, torch.Tensor]], theirs: dict[str, str]) -> None:
+    """Fill every weight of the model from its name -> (name in the file, tensor), with none left over.
+
+    `theirs` names modules as the file does, where it is known, for the message of the error.
+    """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     counters = {name for name in expected if name.endswith("num_batches_tracked")}  # of no effect, absent in old files
+    missing = [name.rpartition(".") for name in sorted(expected.keys() - tensors.keys() - counters)]
     problems = {
         "not of this network": [key for name, (key, _) in tensors.items() if name not in expected],
-        "missing (by their names here)": sorted(expected.keys() - tensors.keys() - counters),
+        "missing": [f"{theirs.get(module, module)}.{parameter}" for module, _, parameter in missing],
         "of another shape": [
             f"{key} {tuple(tensor.shape)} instead of {tuple(expected[name])}"
             for name, (key, tensor) in tensors.items()

@@ -6,12 +6,13 @@ import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
 
+from diffusers_rcfd.batches import derived_seed
 from diffusers_rcfd.configs import DiffusionConfig
 from diffusers_rcfd.image_tensors import flip
 from diffusers_rcfd.losses import x0_loss
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
-from diffusers_rcfd.training import Stage, Trainer, derived_seed
+from diffusers_rcfd.training import Stage, Trainer
 
 
 class DiffusionTrainer(Trainer):

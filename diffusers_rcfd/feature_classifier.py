@@ -182,7 +182,14 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
 
         `low_cpu_mem_usage` defaults to False unless a `device_map` is given. `reference=True` and the other
         constructor arguments that leave the weights as they are replace the saved value.
+
+        Raises:
+            ValueError: `use_safetensors=False`: pickled weights are never read.
+            OSError: there is no such folder, repository, revision or file.
         """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must be True: pickled weights can run code and are not read.")
+        kwargs["use_safetensors"] = True
         # On the meta device timm's Swin and ViTamin lose what they compute once, such as attention masks.
         if kwargs.get("device_map") is None:
             kwargs.setdefault("low_cpu_mem_usage", False)

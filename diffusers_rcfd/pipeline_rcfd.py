@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMPipeline, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 
@@ -21,12 +22,18 @@ class RCFDPipeline(DiffusionPipeline):
     Args:
         unet (`UNet2DModel`): the network, unconditional or class-conditional.
         scheduler (`RCFDScheduler`): or any scheduler with a DDIM-like config, which is turned into one.
+
+    Raises:
+        TypeError: for a network of another kind, such as the `UNet2DConditionModel` of a text-to-image pipeline.
     """
 
     model_cpu_offload_seq = "unet"
 
     def __init__(self, unet: UNet2DModel, scheduler: RCFDScheduler):
         super().__init__()
+        network = getattr(unet, "_orig_mod", unet)  # of a compiled one
+        if not isinstance(network, UNet2DModel):
+            raise TypeError(f"`unet` must be a UNet2DModel, got {type(network).__name__}.")
         if not isinstance(scheduler, RCFDScheduler):
             scheduler = RCFDScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -122,6 +129,30 @@ class RCFDPipeline(DiffusionPipeline):
         if labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(f"`class_labels` must be in 0..{num_classes - 1}, got {labels.tolist()}.")
         return labels.to(device).expand(batch_size)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a saved pipeline of a `UNet2DModel` and a DDIM-like scheduler; pickled weights are never read.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or the name of a Hub repository.
+            kwargs: passed to `DiffusionPipeline.from_pretrained` (`revision`, `token`, `dtype`, `variant`, ...).
+
+        Raises:
+            ValueError: for `use_safetensors=False`, a pipeline of other components, or a name that is neither a
+                folder nor one of a repository.
+            OSError: if there is no such repository, revision or file, or the token does not open it.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must be True: pickled weights can run code and are not read.")
+        kwargs["use_safetensors"] = True
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):  # Diffusers speaks of its cache instead
+                name = str(pretrained_model_name_or_path)
+                raise OSError(f"Cannot load {name!r} from the Hub: {error.__cause__}") from error
+            raise
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save as a stock `DDIMPipeline` in safetensors, with this class beside it as `pipeline.py`.

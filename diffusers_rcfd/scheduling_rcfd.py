@@ -144,7 +144,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         self.alpha = self.alphas_cumprod.sqrt()
         self.sigma = (1 - self.alphas_cumprod).sqrt()
         self._device_tables = {}  # copies of (n, 2) and (N + 1, 2) tables where they were asked for
-        self.set_timesteps(num_inference_steps or n - 1)
+        self.set_timesteps()
 
     @classmethod
     def from_config(cls, config, return_unused_kwargs=False, **kwargs):
@@ -217,7 +217,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         """
         made_for = self.config.num_inference_steps
         if num_inference_steps is None:
-            num_inference_steps = made_for or self.config.num_train_timesteps - 1
+            num_inference_steps = self.config.num_train_timesteps - 1 if made_for is None else made_for
         grid = self.grid(num_inference_steps)
         if made_for is not None and made_for % num_inference_steps:
             allowed = [N for N in range(1, made_for + 1) if made_for % N == 0]

@@ -11,62 +11,27 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from diffusers_rcfd.batches import RandomBatches, derived_seed
+from diffusers_rcfd.checkpoints import STATE_FILE, TrainerState, check_output_dir, find_checkpoints, write_json
 from diffusers_rcfd.configs import TrainingConfig
 from diffusers_rcfd.image_tensors import to_model_range
 
-STATE_FILE = "trainer_state.json"
 METRICS_FILE = "metrics.jsonl"
-
-
-def derived_seed(*numbers: int) -> int:
-    """One seed from several numbers, well mixed, in 0..2^63 - 1."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-class RandomBatches(Sampler):
-    """Endless batches of image indices, shuffled anew each epoch, beginning at any batch.
-
-    Batch i is a function of the arguments alone. Each process receives its share of a batch that is common to all.
-
-    Args:
-        num_images (`int`): images of the data set; the rest that does not fill a batch is left out of an epoch.
-        batch_size (`int`): images for each process.
-        seed (`int`): of the shuffling.
-        first (`int`, defaults to 0): number of the first batch.
-        process_index, num_processes (`int`, default to 0 and 1): whose share of each batch.
-    """
-
-    def __init__(self, num_images, batch_size, seed, first=0, process_index=0, num_processes=1):
-        self.num_images, self.batch_size, self.seed, self.first = num_images, batch_size, seed, first
-        self.process_index, self.num_processes = process_index, num_processes
-
-    def __iter__(self):
-        together = self.batch_size * self.num_processes
-        batches_per_epoch = self.num_images // together
-        epoch = None
-        for number in itertools.count(self.first):
-            if epoch != number // batches_per_epoch:
-                epoch = number // batches_per_epoch
-                generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-                order = torch.randperm(self.num_images, generator=generator)
-            start = number % batches_per_epoch * together + self.process_index * self.batch_size
-            yield order[start : start + self.batch_size].tolist()
 
 
 @dataclass
@@ -77,18 +42,6 @@ class Stage:
     index: int
     model: torch.nn.Module
     max_train_steps: int
-
-
-@dataclass
-class TrainerState:
-    """Where a run stands, as saved in a checkpoint: `step` counts within the stage, `global_step` over all."""
-
-    stage: int = 0
-    step: int = 0
-    global_step: int = 0
-    window: dict[str, float] = field(default_factory=dict)  # sums of the loss terms since the last line of metrics
-    # Of a streaming data set, for each process: the epoch it reads, and the stage's batches before that epoch.
-    streams: list[list[int]] = field(default_factory=list)
 
 
 class Trainer:
@@ -417,40 +370,3 @@ def build_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, **options)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **options)
-
-
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a folder, oldest first: those that were renamed after their last file was written."""
-    found = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def check_output_dir(config: TrainingConfig) -> Path | None:
-    """Check that `output_dir` may be used; returns the checkpoint to resume from, or None.
-
-    Raises:
-        ValueError: if it is not empty and neither resumed from nor overwritten.
-        FileNotFoundError: if `resume_from_checkpoint` names no whole checkpoint.
-    """
-    output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
-    if resume not in (None, "latest"):
-        checkpoint = Path(resume)
-        if not (checkpoint / STATE_FILE).is_file():
-            raise FileNotFoundError(
-                f"`resume_from_checkpoint` must name a whole checkpoint; {resume!r} lacks {STATE_FILE}."
-            )
-        return checkpoint
-    if resume == "latest":
-        checkpoints = find_checkpoints(output_dir)
-        return checkpoints[-1] if checkpoints else None
-    if not config.overwrite_output_dir and output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(
-            f"`output_dir` must be an empty folder, got {str(output_dir)!r}: choose another, or pass "
-            "`overwrite_output_dir` or `resume_from_checkpoint='latest'`."
-        )
-    return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -81,8 +81,8 @@ def run(job, data, base, classifier, evaluator, distillation):
         load_feature_classifier,
         load_image_data,
     )
+    from diffusers_rcfd.checkpoints import check_output_dir
     from diffusers_rcfd.comparison import Contender, compare, markdown_table, save_comparison, save_comparison_grid
-    from diffusers_rcfd.training import check_output_dir
 
     # Everything that can be wrong is found here, before any training.
     output_dir = Path(distillation.output_dir)

@@ -26,7 +26,7 @@ def main():
     import torch
 
     from diffusers_rcfd import ClassifierTrainer, FeatureClassifier, load_image_data
-    from diffusers_rcfd.training import check_output_dir
+    from diffusers_rcfd.checkpoints import check_output_dir
 
     check_output_dir(config)
     images = load_image_data(**vars(data))

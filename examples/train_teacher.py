@@ -28,7 +28,7 @@ def main():
     import torch
 
     from diffusers_rcfd import DiffusionTrainer, RCFDScheduler, build_unet, load_image_data
-    from diffusers_rcfd.training import check_output_dir
+    from diffusers_rcfd.checkpoints import check_output_dir
 
     check_output_dir(config)
     scheduler = RCFDScheduler(prediction_type=network.prediction_type, beta_schedule=network.beta_schedule)

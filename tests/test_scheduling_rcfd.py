@@ -192,6 +192,7 @@ def test_step_on_an_accelerator_reads_nothing_back():
         ({"beta_schedule": "linear", "beta_start": 0.5, "beta_end": 0.1}, "0 < beta_start <= beta_end < 1"),
         ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "`rescale_betas_zero_snr=True`"),
         ({"num_inference_steps": 1025}, r"`num_inference_steps` must be an integer in 1\.\.1024, got 1025"),
+        ({"num_inference_steps": 0}, r"`num_inference_steps` must be an integer in 1\.\.1024, got 0"),
         ({"num_inference_steps": -1}, r"`num_inference_steps` must be an integer in 1\.\.1024, got -1"),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_rcfd import DiffusionConfig, DiffusionTrainer, RCFDScheduler, load_image_data
-from diffusers_rcfd.training import RandomBatches, find_checkpoints
+from diffusers_rcfd.batches import RandomBatches
+from diffusers_rcfd.checkpoints import find_checkpoints
 from tests.toys import parameters, tiny_unet
 
 

@@ -1,0 +1,245 @@
+"""The Hub model card of a student: written from what the run knows, and kept apart from what a person adds."""
+
+import json
+import platform
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+from diffusers_rcfd.configs import Rung
+
+ARXIV = "2211.12039"
+BEGIN, END = "<!-- diffusers_rcfd: written by the trainer -->", "<!-- diffusers_rcfd: end -->"
+PACKAGES = ("torch", "diffusers", "accelerate", "huggingface-hub")
+CITATION = """@inproceedings{sun2023accelerating,
+  title     = {Accelerating Diffusion Sampling with Classifier-based Feature Distillation},
+  author    = {Sun, Wujie and Chen, Defang and Wang, Can and Ye, Deshi and Feng, Yan and Chen, Chun},
+  booktitle = {IEEE International Conference on Multimedia and Expo},
+  year      = {2023},
+  eprint    = {2211.12039},
+}"""
+
+
+@dataclass
+class RunDescription:
+    """What a card says of a run.
+
+    Args:
+        repo_id (`str`): "user/name" of the repository, or a folder's name.
+        rungs (`list[Rung]`): the ladder as far as it is climbed; the card is of its last student.
+        teacher (`str`, *optional*): Hub id of the first teacher; a local path is not published.
+        dataset (`str`, *optional*): name of the data set; linked where it is a Hub id "owner/name".
+        classifier (`str`, *optional*): the classifier whose features were compared.
+        license (`str`, defaults to `"apache-2.0"`): of the weights.
+        train_batch_size (`int`), learning_rate (`float`): of distillation, over all processes.
+        training_seconds (`float`, *optional*): wall time of distillation.
+        evaluations (`dict[int, dict]`): `EvaluationResult.to_dict()` by student steps.
+        class_conditional (`bool`): whether the model takes class labels.
+    """
+
+    repo_id: str
+    rungs: list[Rung]
+    teacher: str | None = None
+    dataset: str | None = None
+    classifier: str | None = None
+    license: str = "apache-2.0"
+    train_batch_size: int = 128
+    learning_rate: float = 5e-5
+    training_seconds: float | None = None
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    class_conditional: bool = False
+
+    @property
+    def student_steps(self) -> int:
+        """Steps of the student that the card is of."""
+        return self.rungs[-1].student_steps
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name has the form of a Hub repository, "owner/name", and is no local folder."""
+    return bool(name) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def card_metadata(run: RunDescription) -> ModelCardData:
+    """The YAML head of the card, with evaluation results in the `model-index` form."""
+    results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            task_name="Image generation",
+            dataset_type=run.dataset if is_hub_id(run.dataset) else "images",
+            dataset_name=evaluation["reference"] or "images",
+            metric_type=re.sub(r"\W+", "-", metric["label"]).strip("-").lower(),
+            metric_name=f"{metric['label']}, {run.student_steps} steps, {evaluation['num_images']} images",
+            metric_value=metric["value"],
+        )
+        for evaluation in [run.evaluations.get(run.student_steps)]
+        if evaluation
+        for metric in evaluation["metrics"].values()
+    ]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=run.license,
+        base_model=run.teacher if is_hub_id(run.teacher) else None,
+        datasets=[run.dataset] if is_hub_id(run.dataset) else None,
+        tags=["diffusers_rcfd", run.rungs[-1].objective, "distillation", "few-step", f"arxiv:{ARXIV}"],
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=run.repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def card_text(run: RunDescription) -> str:
+    """The generated section of the card, between its two markers."""
+    N, objective = run.student_steps, run.rungs[-1].objective.upper()
+    labels = ", class_labels=[i % 10 for i in range(16)]" if run.class_conditional else ""
+    plain = (
+        "This model is class-conditional; Diffusers' own `DDIMPipeline` gives its network no labels, so load it with\n"
+        f"`DiffusionPipeline.from_pretrained({run.repo_id!r}, custom_pipeline={run.repo_id!r}, "
+        "trust_remote_code=True)`."
+        if run.class_conditional
+        else f"""With plain Diffusers:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{run.repo_id}")
+images = pipe(batch_size=16, num_inference_steps={N}, use_clipped_model_output=True).images
+```"""
+    )
+    return "\n".join(
+        [
+            BEGIN,
+            f"\nA pixel diffusion model distilled to **{N} step{'s' if N > 1 else ''}** by {objective} "
+            f"([Sun et al., 2023](https://arxiv.org/abs/{ARXIV})) with diffusers_rcfd.\n",
+            "![Samples](samples.png)\n",
+            f"""## Usage
+
+```python
+from diffusers_rcfd import RCFDPipeline
+
+pipe = RCFDPipeline.from_pretrained("{run.repo_id}")
+images = pipe(batch_size=16{labels}).images  # {N} network evaluation{"s" if N > 1 else ""}
+```
+
+{plain}
+""",
+            "## Ladder\n\nEach student is the next one's teacher, and a revision of this repository.\n",
+            _ladder_table(run),
+            _evaluation_section(run),
+            "## Training\n",
+            f"- teacher: {run.teacher if is_hub_id(run.teacher) else 'a base model trained for this run'}",
+            f"- data: {run.dataset or 'not named'}",
+            f"- classifier: {run.classifier or 'none'}",
+            f"- distillation time: {_duration(run.training_seconds)}",
+            f"- Python {platform.python_version()}, "
+            + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+            + f", diffusers_rcfd {version('diffusers_rcfd')}",
+            f"\n## Citation\n\n```bibtex\n{CITATION}\n```\n\n{END}",
+        ]
+    )
+
+
+def _ladder_table(run: RunDescription) -> str:
+    header = ["revision", "teacher steps", "objective", "tau", "beta", "gamma", "iterations", "batch", "lr"]
+    lines = [header, ["---"] * len(header)]
+    for rung in run.rungs:
+        guided = rung.objective != "pd"
+        loss = [f"{rung.temperature:g}", f"{rung.regularization_weight:g}", f"{rung.entropy_ratio:g}"]
+        lines.append(
+            [
+                rung.name,
+                str(rung.student_steps * rung.teacher_steps),
+                rung.objective,
+                *(loss if guided else ["-"] * 3),
+                str(rung.max_train_steps),
+                str(run.train_batch_size),
+                f"{run.learning_rate:g}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _evaluation_section(run: RunDescription) -> str:
+    if not run.evaluations:
+        return ""
+    lines = ["## Evaluation\n"]
+    for steps, evaluation in sorted(run.evaluations.items(), reverse=True):
+        values = ", ".join(f"{metric['label']} {metric['value']:.3f}" for metric in evaluation["metrics"].values())
+        lines.append(f"- {steps} steps: {values}")
+    first = next(iter(run.evaluations.values()))
+    lines.append(
+        f"\nOn {first['num_images']} generated images (seed {first['seed']}) against "
+        f"{first['num_reference_images']} of "
+        f"{first['reference']}, in the features of `{first['extractor']}`. Only numbers of the same extractor, "
+        "reference and image count compare.\n"
+    )
+    return "\n".join(lines)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not recorded"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min {seconds:02d} s"
+
+
+def create_model_card(run: RunDescription, existing: str | None = None) -> ModelCard:
+    """The card of a run, merged into an existing one.
+
+    Of the existing card everything outside the generated section is kept: text, and metadata whose value is a
+    person's to choose. Results, metrics, data set and base model are written anew, tags are united.
+
+    Args:
+        run (`RunDescription`): what to say.
+        existing (`str`, *optional*): content of the README.md that is there.
+    """
+    data, section = card_metadata(run), card_text(run)
+    if existing is None:
+        title = f"# {run.repo_id.split('/')[-1]}"
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{section}\n")
+    old = ModelCard(existing, ignore_metadata_errors=True)
+    merged = old.data.to_dict() | {k: v for k, v in data.to_dict().items() if k in GENERATED or k not in old.data}
+    merged["tags"] = list(dict.fromkeys([*(old.data.get("tags") or []), *data.tags]))
+    text = old.text.strip("\n")
+    if BEGIN in text and END in text:
+        text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
+    else:
+        text = f"{text}\n\n{section}"
+    return ModelCard(f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}---\n\n{text}\n")
+
+
+GENERATED = ("model-index", "metrics", "base_model", "datasets", "library_name", "pipeline_tag")
+
+
+def write_model_card(folder: Path, run: RunDescription, existing: str | None = None) -> ModelCard:
+    """Write the card as `README.md`, and results on a Hub data set as `.eval_results/diffusers_rcfd.yaml`."""
+    card = create_model_card(run, existing)
+    card.save(folder / "README.md")
+    evaluation = run.evaluations.get(run.student_steps)
+    if evaluation and is_hub_id(run.dataset):
+        entries = [
+            EvalResultEntry(
+                dataset_id=run.dataset,
+                task_id=re.sub(r"\W+", "_", metric["label"]).strip("_").lower(),
+                value=metric["value"],
+                notes=f"{run.student_steps} steps, {evaluation['num_images']} images, {evaluation['extractor']}",
+            )
+            for metric in evaluation["metrics"].values()
+        ]
+        target = folder / ".eval_results" / "diffusers_rcfd.yaml"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    return card
+
+
+def read_evaluations(path: Path) -> dict[int, dict[str, Any]]:
+    """Evaluations by student steps as `CFDDistillationTrainer.evaluate` saved them; none where there is no file."""
+    if not path.is_file():
+        return {}
+    return {int(steps): evaluation for steps, evaluation in json.loads(path.read_text(encoding="utf-8")).items()}
