@@ -124,7 +124,7 @@ class Trainer:
             initial=state.step,
             desc=stage.name,
             unit="step",
-            disable=not accelerator.is_local_main_process,
+            **({} if accelerator.is_local_main_process else {"disable": True}),  # TQDM_DISABLE has its say
         )
         sums = {name: torch.tensor(value, device=accelerator.device) for name, value in state.window.items()}
         while state.step < stage.max_train_steps:
