@@ -112,7 +112,7 @@ def tokenless(function, *args, **kwargs):
 
 
 def cached_files(repo_id):
-    """The files of all snapshots, and what is left of downloads that did not end, in the client's cache."""
+    """The files of a repository's snapshots in the client's cache."""
     folder = Path(os.environ["HF_HOME"], "hub", "models--" + repo_id.replace("/", "--"))
     snapshots = {path.relative_to(folder).parts[2:] for path in folder.glob("snapshots/*/**/*") if path.is_file()}
     return {"/".join(parts) for parts in snapshots}
