@@ -20,10 +20,10 @@ INSTALL_REQUIRES = [
     "pyarrow>=18.0",
     "pyyaml>=6.0.1",
     "safetensors>=0.8",
-    "timm>=1.0.16",
-    "torch>=2.6",
+    "timm>=1.0.31",
+    "torch>=2.9",
     "torch-fidelity>=0.4.0",
-    "torchvision>=0.21",
+    "torchvision>=0.24",
     "tqdm>=4.66.5",
     "transformers>=5.0",
 ]

@@ -39,7 +39,9 @@ def open_repository(repo_id: str, token: str | None = None, private: bool | None
     except Exception as error:  # the transport errors of hub 1 and 2 have no common class
         raise ConnectionError(f"The Hub cannot be reached for {repo_id!r}: {error}") from error
     if files and not {"model_index.json", "config.json"} & set(files):
-        raise ValueError(f"`hub_model_id` {repo_id!r} holds files of another kind ({files[0]}, ...): choose a new name.")
+        raise ValueError(
+            f"`hub_model_id` {repo_id!r} holds files of another kind ({files[0]}, ...): choose a new name."
+        )
     return repo_id
 
 

@@ -145,7 +145,7 @@ def build_page(options: Demo):
         return gr.Dropdown(choices, value="balanced", visible=num_classes is not None)
 
     def heading(name, steps, seconds, num_images, note):
-        speed = f"**{seconds:.3f} s** for all, {1000 * seconds / num_images:.1f} ms an image on {device}"
+        speed = f"**{seconds:.3f} s** on {device}, {1000 * seconds / num_images:.1f} ms an image"
         return f"### {name} in {in_steps(steps)}\n{speed}; {note}"
 
     def generate(model, base, steps, class_label, num_images, seed):
@@ -162,7 +162,7 @@ def build_page(options: Demo):
             if teacher is None:
                 return *shown, "", None, gr.Column(visible=False)
             images, seconds = sample(teacher, steps, num_images, seed, class_label)
-            note = "DDIM from the same noise"
+            note = "DDIM, same noise"
             shown += [heading("Base model", steps, seconds, num_images, note), draw_grid(images)]
             return *shown, gr.Column(visible=True)
         except Exception as error:
@@ -193,7 +193,7 @@ def build_page(options: Demo):
                 base_picture = gr.Image(elem_id="base_picture", **look)
 
         gr.on([page.load, model.blur, model.submit, steps.change], show_classes, [model, steps], class_label,
-              show_progress="hidden", api_name="classes")  # fmt: skip
+              show_progress="hidden", trigger_mode="always_last", api_name="classes")  # fmt: skip
         button.click(
             generate,
             [model, base, steps, class_label, num_images, seed],

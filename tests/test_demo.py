@@ -3,12 +3,12 @@
 import importlib
 import math
 import queue
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from base64 import b64decode
-from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from huggingface_hub import SpaceCard, SpaceCardData, metadata_load
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 from diffusers_rcfd import RCFDPipeline
@@ -164,8 +165,8 @@ def test_client_gets_both_pictures_of_the_same_noise(generate, models):
     title, picture, base_title, base_picture = generate(str(models / "students"), str(models / "base"), 2, 3, 11)
     assert_same_picture(picture, expected_picture(models / "students" / "2-step", 2, 3, 11))
     assert_same_picture(base_picture, expected_picture(models / "base", 2, 3, 11))
-    assert "Model in 2 steps" in title and "ms an image on" in title and "distilled for 2 steps" in title
-    assert "Base model in 2 steps" in base_title and "DDIM from the same noise" in base_title
+    assert "Model in 2 steps" in title and "ms an image" in title and "distilled for 2 steps" in title
+    assert "Base model in 2 steps" in base_title and "same noise" in base_title
 
 
 @pytest.mark.parametrize(
@@ -244,11 +245,10 @@ def test_space_readme_has_the_metadata_that_the_hub_asks_for(space):
     assert data["license"] == "apache-2.0" and len(data["short_description"]) <= 60
     colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
     assert {data["colorFrom"], data["colorTo"]} <= colors
-    extras = [Requirement(line) for line in metadata.requires("diffusers_rcfd")]
-    gradio = [requirement for requirement in extras if requirement.name == "gradio"]
-    assert gradio and all(requirement.specifier.contains(data["sdk_version"]) for requirement in gradio)
-    python = metadata.metadata("diffusers_rcfd")["Requires-Python"]
-    assert Requirement(f"python{python}").specifier.contains(data["python_version"])
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    gradio, python = re.search(r'"(gradio[^"]+)"', setup), re.search(r'python_requires="([^"]+)"', setup)
+    assert gradio and Requirement(gradio[1]).specifier.contains(data["sdk_version"])
+    assert SpecifierSet(python[1]).contains(data["python_version"])
 
 
 def test_space_brings_the_package_and_its_requirements(space):
@@ -350,10 +350,9 @@ def test_browser_shows_the_pipeline_s_images_beside_those_of_the_base_model(brow
     expected = expected_picture(models / "students" / "4-step", 4, 5, 7)
     assert_same_picture(browser.picture("picture"), expected)
     assert_same_picture(browser.picture("base_picture"), expected_picture(models / "base", 4, 5, 7))
-    assert (
-        browser.all("#title")[0].text.startswith("Model in 4 steps") and " s for all" in browser.all("#title")[0].text
-    )
-    assert browser.all("#base_title")[0].text.startswith("Base model in 4 steps")
+    title, base_title = browser.all("#title")[0].text, browser.all("#base_title")[0].text
+    assert title.startswith("Model in 4 steps") and base_title.startswith("Base model in 4 steps")
+    assert re.search(r"[\d.]+ s on cpu, [\d.]+ ms an image; distilled for 4 steps", title)
 
     painted = browser.painted("picture")
     shown = Image.fromarray(expected).resize(painted.size, Image.Resampling.NEAREST)
