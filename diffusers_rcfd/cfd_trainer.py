@@ -2,20 +2,27 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
+from torchvision.utils import save_image
 
-from diffusers_rcfd.configs import CFDDistillationConfig
-from diffusers_rcfd.diffusion_trainer import check_images_fit, conditioning, sample_grid
+from diffusers_rcfd.checkpoints import write_json
+from diffusers_rcfd.configs import CFDDistillationConfig, Rung
+from diffusers_rcfd.diffusion_trainer import check_images_fit, conditioning, data_name, sample_grid
+from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.image_tensors import flip
 from diffusers_rcfd.losses import diversity, dual_temperature_kl, entropy, feature_kl, rcfd_loss, x0_loss
+from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.targets import ddim_target
 from diffusers_rcfd.training import Stage, Trainer
+
+EVALUATION_FILE = "evaluation.json"
 
 
 class CFDDistillationTrainer(Trainer):
@@ -47,8 +54,9 @@ class CFDDistillationTrainer(Trainer):
         self.rungs = config.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
         check_images_fit(teacher, train_dataset)
         self._check_student()
-        self._check_classifier()
+        check_classifier_fits(classifier, teacher.image_shape[0], self.rungs, config)
         self.rung = self.rungs[0]
+        self.teacher_name = teacher.config.get("_name_or_path")
 
     def _check_student(self) -> None:
         if self.student is None:
@@ -57,24 +65,6 @@ class CFDDistillationTrainer(Trainer):
             given, wanted = self.student.config[name], self.teacher.unet.config[name]
             if given != wanted:
                 raise ValueError(f"`student` must have the teacher's {name}={wanted}, got {given}.")
-
-    def _check_classifier(self) -> None:
-        guided = [rung for rung in self.rungs if rung.objective != "pd"]
-        if not guided:
-            return
-        if self.classifier is None:
-            raise ValueError(f"`classifier` is needed by objective {guided[0].objective!r}; only 'pd' does without.")
-        channels, wanted = self.teacher.image_shape[0], self.classifier.config.in_channels
-        if channels != wanted and channels != 1:
-            raise ValueError(f"`classifier` must take images of {channels} channel(s), got one for {wanted}.")
-        uses_predictions = any(rung.regularization_weight > 0 for rung in guided)
-        if uses_predictions and self.classifier.config.num_classes < 2:
-            raise ValueError(
-                "`classifier` must have at least 2 classes for entropy and diversity, got "
-                f"{self.classifier.config.num_classes}: use objective 'cfd' or `regularization_weight=0`."
-            )
-        if self.config.cfd_weight == 0 and not uses_predictions:
-            raise ValueError("`cfd_weight` must be above 0 where `regularization_weight` is 0: no loss is left.")
 
     def stages(self, first: int) -> Iterator[Stage]:
         """A student for each rung, from rung `first` on, each copied from its teacher."""
@@ -100,6 +90,56 @@ class CFDDistillationTrainer(Trainer):
     def finish_stage(self, stage: Stage) -> None:
         """Save the student of this rung."""
         RCFDPipeline(stage.model, self.scheduler).save_pretrained(self.output_dir / stage.name)
+
+    def published_folders(self) -> list[tuple[Path, str | None]]:
+        """Each finished student on a branch named like its folder, "4-step", and the last of them on `main`."""
+        folders = [(self.output_dir / rung.name, rung.name) for rung in self.rungs]
+        folders = [(folder, name) for folder, name in folders if (folder / "model_index.json").is_file()]
+        return [*folders, (folders[-1][0], None)] if folders else []
+
+    def evaluate(self, evaluator: Evaluator, num_images: int = 50_000) -> dict[int, dict]:
+        """Evaluate every finished student in its own number of steps, for the metrics file and the cards.
+
+        Args:
+            evaluator (`Evaluator`): the metrics and the reference.
+            num_images (`int`, defaults to 50 000): generated images of each student.
+
+        Returns:
+            `dict[int, dict]`: `EvaluationResult.to_dict()` by student steps, saved as `evaluation.json`.
+        """
+        results = {}
+        for rung in self.rungs:
+            if (self.output_dir / rung.name / "model_index.json").is_file():
+                student = RCFDPipeline.from_pretrained(str(self.output_dir / rung.name)).to(self.accelerator.device)
+                result = evaluator.evaluate_pipeline(student, num_images, progress=False)
+                results[rung.student_steps] = result.to_dict()
+                values = {metric.label: metric.value for metric in result.metrics.values()}
+                self.write_metrics({"stage": rung.name, **values})
+        if self.accelerator.is_main_process:
+            write_json(self.output_dir / EVALUATION_FILE, results)
+        return results
+
+    def create_model_card(self, folder: Path, existing: str | None = None) -> None:
+        """Write the card of the student in `folder`, with a grid of its samples."""
+        index = next(i for i, rung in enumerate(self.rungs) if rung.name == folder.name)
+        config = self.config
+        student = RCFDPipeline.from_pretrained(str(folder)).to(self.accelerator.device)
+        save_image(sample_grid(student, config), folder / "samples.png", nrow=8, padding=1)
+        run = RunDescription(
+            repo_id=self.repo_id or folder.name,
+            rungs=self.rungs[: index + 1],
+            teacher=self.teacher_name,
+            dataset=data_name(self.train_dataset),
+            classifier=None if self.classifier is None else self.classifier.config.backbone,
+            train_batch_size=config.train_batch_size
+            * config.gradient_accumulation_steps
+            * self.accelerator.num_processes,
+            learning_rate=config.learning_rate,
+            training_seconds=self.state.seconds,
+            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
+            class_conditional=student.unet.config.num_class_embeds is not None,
+        )
+        write_model_card(folder, run, existing)
 
     def sample_images(self, stage: Stage) -> torch.Tensor:
         """The student's samples in its own number of steps, from noise that is the same at every call."""
@@ -176,3 +216,32 @@ def without_dropout(unet: UNet2DModel) -> UNet2DModel:
             module.p = 0.0
     unet.register_to_config(dropout=0.0)
     return unet
+
+
+def check_classifier_fits(
+    classifier: FeatureClassifier | None, channels: int, rungs: list[Rung], config: CFDDistillationConfig
+) -> None:
+    """Raise a `ValueError` if the rungs need a classifier that is missing or cannot serve them.
+
+    Args:
+        classifier (`FeatureClassifier`, *optional*): the classifier.
+        channels (`int`): of the images that it is to see.
+        rungs (`list[Rung]`): the ladder.
+        config (`CFDDistillationConfig`): where the rungs come from.
+    """
+    guided = [rung for rung in rungs if rung.objective != "pd"]
+    if not guided:
+        return
+    if classifier is None:
+        raise ValueError(f"`classifier` is needed by objective {guided[0].objective!r}; only 'pd' does without.")
+    wanted, num_classes = classifier.config.in_channels, classifier.config.num_classes
+    if channels != wanted and channels != 1:
+        raise ValueError(f"`classifier` must take images of {channels} channel(s), got one for {wanted}.")
+    uses_predictions = any(rung.regularization_weight > 0 for rung in guided)
+    if uses_predictions and num_classes < 2:
+        raise ValueError(
+            f"`classifier` must have at least 2 classes for entropy and diversity, got {num_classes}: use objective "
+            "'cfd' or `regularization_weight=0`."
+        )
+    if config.cfd_weight == 0 and not uses_predictions:
+        raise ValueError("`cfd_weight` must be above 0 where `regularization_weight` is 0: no loss is left.")

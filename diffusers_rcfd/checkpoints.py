@@ -17,6 +17,7 @@ class TrainerState:
     stage: int = 0
     step: int = 0
     global_step: int = 0
+    seconds: float = 0.0  # of training, over all sessions
     window: dict[str, float] = field(default_factory=dict)  # sums of the loss terms since the last line of metrics
     # Of a streaming data set, for each process: the epoch it reads, and the stage's batches before that epoch.
     streams: list[list[int]] = field(default_factory=list)

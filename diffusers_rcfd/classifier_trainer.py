@@ -1,14 +1,17 @@
 """Training of the classifier whose features are distilled."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from diffusers_rcfd.configs import ClassifierConfig
+from diffusers_rcfd.diffusion_trainer import data_name
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.image_tensors import flip, shift_crop, to_model_range
+from diffusers_rcfd.model_card import classifier_card
 from diffusers_rcfd.training import Stage, Trainer
 
 
@@ -70,6 +73,8 @@ class ClassifierTrainer(Trainer):
     def train(self) -> FeatureClassifier:
         """Train, save to `output_dir` with the held-out accuracy, and return the classifier."""
         super().train()
+        if self.accelerator.num_processes > 1:  # whose running statistics differ from one process to another
+            self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
         return self.classifier.eval()
 
     def finish_stage(self, stage: Stage) -> None:
@@ -77,6 +82,12 @@ class ClassifierTrainer(Trainer):
         self.accuracy = self.evaluate()
         self.write_metrics({"stage": stage.name, "step": self.state.step, "held_out_accuracy": self.accuracy})
         self.classifier.save_pretrained(str(self.output_dir))
+
+    def create_model_card(self, folder: Path, existing: str | None = None) -> None:
+        """Write the card of the classifier, unless there is one already."""
+        if existing is None:
+            name, backbone = self.repo_id or folder.name, self.classifier.config.backbone
+            classifier_card(name, backbone, data_name(self.train_dataset), self.accuracy).save(folder / "README.md")
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -10,6 +10,7 @@ OBJECTIVES = ("pd", "cfd", "rcfd")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 WEIGHTINGS = ("both", "x", "eps")
+HUB_STRATEGIES = ("end", "every_rung", "checkpoint")
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -111,6 +112,17 @@ class TrainingConfig:
     checkpointing_steps: int = option(1000, "Steps between two checkpoints; 0 writes none.")
     checkpoints_total_limit: int = option(2, "Checkpoints kept.")
     report_to: str = option("none", "Accelerate trackers, e.g. 'tensorboard', 'wandb' or 'all'; 'none' for none.")
+    push_to_hub: bool = option(False, "Publish the model on the Hub.")
+    hub_model_id: str | None = option(None, "Repository to publish to; the name of `output_dir` if unset.")
+    hub_private_repo: bool = option(False, "Make a new repository private.")
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "Token with write access; that of `hf auth login` if unset. Never written anywhere."},
+    )
+    hub_strategy: str = option(
+        "end", f"When to publish, one of {HUB_STRATEGIES}; 'checkpoint' publishes rungs and the latest checkpoint."
+    )
 
     def __post_init__(self):
         for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images"):
@@ -141,6 +153,7 @@ class TrainingConfig:
             ("lr_scheduler", LR_SCHEDULERS),
             ("optimizer", OPTIMIZERS),
             ("mixed_precision", MIXED_PRECISIONS),
+            ("hub_strategy", HUB_STRATEGIES),
         ):
             require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
 

@@ -1,15 +1,18 @@
 """Training of the base diffusion model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
+from torchvision.utils import save_image
 
 from diffusers_rcfd.batches import derived_seed
 from diffusers_rcfd.configs import DiffusionConfig
 from diffusers_rcfd.image_tensors import flip
 from diffusers_rcfd.losses import x0_loss
+from diffusers_rcfd.model_card import RunDescription, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.training import Stage, Trainer
@@ -68,10 +71,33 @@ class DiffusionTrainer(Trainer):
         """Save the pipeline."""
         self.pipeline.save_pretrained(self.output_dir)
 
+    def create_model_card(self, folder: Path, existing: str | None = None) -> None:
+        """Write the card of the base model, with a grid of its samples."""
+        config = self.config
+        images = sample_grid(self.pipeline.to(self.accelerator.device), config, config.sample_inference_steps)
+        save_image(images, folder / "samples.png", nrow=8, padding=1)
+        run = RunDescription(
+            repo_id=self.repo_id or folder.name,
+            rungs=[],
+            dataset=data_name(self.train_dataset),
+            train_batch_size=config.train_batch_size
+            * config.gradient_accumulation_steps
+            * self.accelerator.num_processes,
+            learning_rate=config.learning_rate,
+            training_seconds=self.state.seconds,
+            class_conditional=self.pipeline.unet.config.num_class_embeds is not None,
+        )
+        write_model_card(folder, run, existing)
+
     def sample_images(self, stage: Stage) -> torch.Tensor:
         """DDIM samples from noise that is the same at every call."""
         pipeline = RCFDPipeline(self._unwrapped(), self.pipeline.scheduler)
         return sample_grid(pipeline, self.config, self.config.sample_inference_steps)
+
+
+def data_name(dataset: Dataset) -> str | None:
+    """The name that a data set was loaded by, where it has one."""
+    return getattr(dataset, "name", "").split(" [")[0] or None
 
 
 def conditioning(pipeline: RCFDPipeline, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RevisionNotFoundError,
+)
 
 LOCAL_ONLY = ["checkpoint-*", "partial-*", "logs", "*-step", "samples"]
 
@@ -46,10 +52,10 @@ def open_repository(repo_id: str, token: str | None = None, private: bool | None
 
 
 def read_card(repo_id: str, token: str | None = None, revision: str | None = None) -> str | None:
-    """README.md of a repository, or None where it has none."""
+    """README.md of a repository, or None where it, or the revision, has none."""
     try:
         path = HfApi(token=token).hf_hub_download(repo_id, "README.md", revision=revision)
-    except EntryNotFoundError:
+    except (EntryNotFoundError, RevisionNotFoundError):
         return None
     return Path(path).read_text(encoding="utf-8")
 

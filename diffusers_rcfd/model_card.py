@@ -31,7 +31,8 @@ class RunDescription:
 
     Args:
         repo_id (`str`): "user/name" of the repository, or a folder's name.
-        rungs (`list[Rung]`): the ladder as far as it is climbed; the card is of its last student.
+        rungs (`list[Rung]`): the ladder as far as it is climbed; the card is of its last student, or of a base model
+            where there is none.
         teacher (`str`, *optional*): Hub id of the first teacher; a local path is not published.
         dataset (`str`, *optional*): name of the data set; linked where it is a Hub id "owner/name".
         classifier (`str`, *optional*): the classifier whose features were compared.
@@ -55,9 +56,9 @@ class RunDescription:
     class_conditional: bool = False
 
     @property
-    def student_steps(self) -> int:
-        """Steps of the student that the card is of."""
-        return self.rungs[-1].student_steps
+    def student_steps(self) -> int | None:
+        """Steps of the student that the card is of, None for a base model."""
+        return self.rungs[-1].student_steps if self.rungs else None
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -87,7 +88,11 @@ def card_metadata(run: RunDescription) -> ModelCardData:
         license=run.license,
         base_model=run.teacher if is_hub_id(run.teacher) else None,
         datasets=[run.dataset] if is_hub_id(run.dataset) else None,
-        tags=["diffusers_rcfd", run.rungs[-1].objective, "distillation", "few-step", f"arxiv:{ARXIV}"],
+        tags=[
+            "diffusers_rcfd",
+            *([run.rungs[-1].objective, "distillation", "few-step"] if run.rungs else []),
+            f"arxiv:{ARXIV}",
+        ],
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=run.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
@@ -96,47 +101,19 @@ def card_metadata(run: RunDescription) -> ModelCardData:
 
 def card_text(run: RunDescription) -> str:
     """The generated section of the card, between its two markers."""
-    N, objective = run.student_steps, run.rungs[-1].objective.upper()
-    labels = ", class_labels=[i % 10 for i in range(16)]" if run.class_conditional else ""
-    plain = (
-        "This model is class-conditional; Diffusers' own `DDIMPipeline` gives its network no labels, so load it with\n"
-        f"`DiffusionPipeline.from_pretrained({run.repo_id!r}, custom_pipeline={run.repo_id!r}, "
-        "trust_remote_code=True)`."
-        if run.class_conditional
-        else f"""With plain Diffusers:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{run.repo_id}")
-images = pipe(batch_size=16, num_inference_steps={N}, use_clipped_model_output=True).images
-```"""
-    )
     return "\n".join(
         [
             BEGIN,
-            f"\nA pixel diffusion model distilled to **{N} step{'s' if N > 1 else ''}** by {objective} "
-            f"([Sun et al., 2023](https://arxiv.org/abs/{ARXIV})) with diffusers_rcfd.\n",
-            "![Samples](samples.png)\n",
-            f"""## Usage
-
-```python
-from diffusers_rcfd import RCFDPipeline
-
-pipe = RCFDPipeline.from_pretrained("{run.repo_id}")
-images = pipe(batch_size=16{labels}).images  # {N} network evaluation{"s" if N > 1 else ""}
-```
-
-{plain}
-""",
-            "## Ladder\n\nEach student is the next one's teacher, and a revision of this repository.\n",
+            f"\n{_summary(run)}\n\n![Samples](samples.png)\n",
+            _usage(run),
             _ladder_table(run),
             _evaluation_section(run),
             "## Training\n",
-            f"- teacher: {run.teacher if is_hub_id(run.teacher) else 'a base model trained for this run'}",
-            f"- data: {run.dataset or 'not named'}",
+            f"- teacher: {run.teacher if is_hub_id(run.teacher) else 'trained for this run' if run.rungs else 'none'}",
+            f"- data: {_public_name(run.dataset)}",
             f"- classifier: {run.classifier or 'none'}",
-            f"- distillation time: {_duration(run.training_seconds)}",
+            f"- batch {run.train_batch_size}, learning rate {run.learning_rate:g}",
+            f"- training time: {_duration(run.training_seconds)}",
             f"- Python {platform.python_version()}, "
             + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
             + f", diffusers_rcfd {version('diffusers_rcfd')}",
@@ -145,7 +122,49 @@ images = pipe(batch_size=16{labels}).images  # {N} network evaluation{"s" if N >
     )
 
 
+def _public_name(dataset: str | None) -> str:
+    """A data set's name, unless it is a place on somebody's disk."""
+    local = bool(dataset) and not is_hub_id(dataset) and ("/" in dataset or "\\" in dataset)
+    return "local files" if local else dataset or "not named"
+
+
+def _summary(run: RunDescription) -> str:
+    paper = f"[Sun et al., 2023](https://arxiv.org/abs/{ARXIV})"
+    if not run.rungs:
+        return f"A pixel diffusion model that predicts x0, a base model for few-step distillation ({paper})."
+    N, objective = run.student_steps, run.rungs[-1].objective.upper()
+    return f"A pixel diffusion model distilled to **{N} step{'s' if N > 1 else ''}** by {objective} ({paper})."
+
+
+def _usage(run: RunDescription) -> str:
+    steps = run.student_steps or 64
+    ours = "" if run.rungs else f", num_inference_steps={steps}"
+    labels = ", class_labels=[i % 10 for i in range(16)]" if run.class_conditional else ""
+    lines = [
+        "## Usage\n\n```python",
+        "from diffusers_rcfd import RCFDPipeline\n",
+        f'pipe = RCFDPipeline.from_pretrained("{run.repo_id}")',
+        f"images = pipe(batch_size=16{ours}{labels}).images\n```\n",
+        "With plain Diffusers:\n\n```python",
+        "from diffusers import DiffusionPipeline\n",
+    ]
+    if run.class_conditional:  # a stock DDIMPipeline gives its network no labels
+        lines += [
+            f'repo = "{run.repo_id}"',
+            "pipe = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",
+            f"images = pipe(batch_size=16{ours}{labels}).images\n```\n",
+        ]
+    else:
+        lines += [
+            f'pipe = DiffusionPipeline.from_pretrained("{run.repo_id}")',
+            f"images = pipe(batch_size=16, num_inference_steps={steps}, use_clipped_model_output=True).images\n```\n",
+        ]
+    return "\n".join(lines)
+
+
 def _ladder_table(run: RunDescription) -> str:
+    if not run.rungs:
+        return ""
     header = ["revision", "teacher steps", "objective", "tau", "beta", "gamma", "iterations", "batch", "lr"]
     lines = [header, ["---"] * len(header)]
     for rung in run.rungs:
@@ -162,7 +181,8 @@ def _ladder_table(run: RunDescription) -> str:
                 f"{run.learning_rate:g}",
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## Ladder\n\nEach student is the next one's teacher, and a revision of this repository.\n\n{table}\n"
 
 
 def _evaluation_section(run: RunDescription) -> str:
@@ -243,3 +263,36 @@ def read_evaluations(path: Path) -> dict[int, dict[str, Any]]:
     if not path.is_file():
         return {}
     return {int(steps): evaluation for steps, evaluation in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def classifier_card(repo_id: str, backbone: str, dataset: str | None, accuracy: float | None) -> ModelCard:
+    """The card of a classifier trained for distillation, with its held-out accuracy in 0..1."""
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-classification",
+        license="apache-2.0",
+        datasets=[dataset] if is_hub_id(dataset) else None,
+        tags=["diffusers_rcfd", "feature-classifier", f"arxiv:{ARXIV}"],
+    )
+    measured = "" if accuracy is None else f" Accuracy on held-out images: {accuracy:.4f}."
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+{BEGIN}
+
+A `{backbone}` trained on {dataset or "images"}, whose features guide the distillation of diffusion models.{measured}
+
+```python
+from diffusers_rcfd import FeatureClassifier
+
+classifier = FeatureClassifier.from_pretrained("{repo_id}")
+output = classifier(images)  # (B, C, H, W) in [-1, 1]: output.logits, output.features
+```
+
+{END}
+"""
+    )

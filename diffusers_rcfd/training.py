@@ -9,6 +9,7 @@ import itertools
 import json
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from tqdm.auto import tqdm
 from diffusers_rcfd.batches import RandomBatches, derived_seed
 from diffusers_rcfd.checkpoints import STATE_FILE, TrainerState, check_output_dir, find_checkpoints, write_json
 from diffusers_rcfd.configs import TrainingConfig
+from diffusers_rcfd.hub import open_repository, publish_folder, read_card
 from diffusers_rcfd.image_tensors import to_model_range
 
 METRICS_FILE = "metrics.jsonl"
@@ -70,6 +72,7 @@ class Trainer:
         self.state = TrainerState()
         self.model = None  # of the stage under way, prepared by Accelerate
         self.ema = None
+        self.repo_id = None
         together = config.train_batch_size * self.accelerator.num_processes
         if not isinstance(train_dataset, IterableDataset) and len(train_dataset) < together:
             raise ValueError(
@@ -107,13 +110,20 @@ class Trainer:
             FileNotFoundError: if `resume_from_checkpoint` names no whole checkpoint.
         """
         checkpoint = self._open_output_dir()
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            self.open_repository()  # a wrong token is found now, not after days
         if checkpoint is not None:
             self.state = TrainerState(**json.loads((checkpoint / STATE_FILE).read_text()))
         self._record_run()
+        began = time.perf_counter() - self.state.seconds
+        self._seconds = lambda: time.perf_counter() - began
         for stage in self.stages(self.state.stage):
             self._run_stage(stage, checkpoint)
             checkpoint = None
-        self.accelerator.end_training()
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            self.push_to_hub()
+        for tracker in self.accelerator.trackers:  # not `end_training`, after which no other trainer could follow
+            tracker.finish()
 
     def _run_stage(self, stage: Stage, checkpoint: Path | None) -> None:
         config, accelerator, state = self.config, self.accelerator, self.state
@@ -277,7 +287,7 @@ class Trainer:
         """The resolved options and the environment, as `run.json` and for the trackers."""
         packages = ("torch", "diffusers", "accelerate", "transformers", "datasets", "timm")
         record = {
-            "config": asdict(self.config),
+            "config": {key: value for key, value in asdict(self.config).items() if key != "hub_token"},
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device.type),
@@ -290,6 +300,43 @@ class Trainer:
         if self.config.report_to != "none":
             self.accelerator.init_trackers("diffusers_rcfd", config=simple)
 
+    # --- the Hub ------------------------------------------------------------------------------------------------
+
+    def published_folders(self) -> list[tuple[Path, str | None]]:
+        """What `push_to_hub` publishes: folders, each with the branch it goes to (`None` is `main`)."""
+        return [(self.output_dir, None)]
+
+    def create_model_card(self, folder: Path, existing: str | None = None) -> None:
+        """Write `README.md` into a folder that is to be published, keeping a person's part of an existing card."""
+
+    def open_repository(self, repo_id: str | None = None) -> str:
+        """Check the access to the repository, and create it if it is missing; see `hub.open_repository`."""
+        name = repo_id or self.config.hub_model_id or self.output_dir.resolve().name
+        self.repo_id = open_repository(name, self.config.hub_token, self.config.hub_private_repo or None)
+        return self.repo_id
+
+    def push_to_hub(self, repo_id: str | None = None, commit_message: str = "End of training") -> str:
+        """Publish the model, and each student of a ladder as a branch of its own, with their cards.
+
+        Args:
+            repo_id (`str`, *optional*): repository; `hub_model_id` of the config by default.
+            commit_message (`str`, defaults to `"End of training"`): title of the commits.
+
+        Returns:
+            `str`: address of the last commit.
+
+        Raises:
+            ValueError: if the repository cannot be written.
+            ConnectionError: if an upload fails; that revision is then as it was before.
+        """
+        if repo_id is not None or self.repo_id is None:
+            self.open_repository(repo_id)
+        token, address = self.config.hub_token, None
+        for folder, revision in self.published_folders():
+            self.create_model_card(folder, read_card(self.repo_id, token, revision))
+            address = publish_folder(folder, self.repo_id, revision, token, commit_message)
+        return address
+
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _end_stage(self, stage: Stage) -> None:
@@ -299,8 +346,11 @@ class Trainer:
         stage.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
         self.accelerator.free_memory()
         self.model = stage.model
+        self.state.seconds = self._seconds()
         if self.accelerator.is_main_process:
             self.finish_stage(stage)
+            if self.config.push_to_hub and self.config.hub_strategy != "end":
+                self.push_to_hub()
         self.accelerator.wait_for_everyone()
         self.state.stage, self.state.step, self.state.window, self.state.streams = stage.index + 1, 0, {}, []
         if self.config.checkpointing_steps:
@@ -308,6 +358,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Write a checkpoint beside its final place, then rename it; older ones go once it is safe."""
+        self.state.seconds = self._seconds()
         accelerator, folder = self.accelerator, self.output_dir / f"checkpoint-{self.state.global_step}"
         partial = folder.with_name(f"partial-{folder.name}")
         if accelerator.is_main_process:
@@ -328,6 +379,8 @@ class Trainer:
             partial.rename(folder)
             for old in find_checkpoints(self.output_dir)[: -self.config.checkpoints_total_limit]:
                 shutil.rmtree(old)
+            if self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
+                publish_folder(folder, self.repo_id, "checkpoint", self.config.hub_token, folder.name)
         accelerator.wait_for_everyone()
 
     def _open_output_dir(self) -> Path | None:

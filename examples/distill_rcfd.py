@@ -7,6 +7,7 @@ runs the recipe `digits` on the CPU in minutes. A recipe sets any option, and th
     accelerate launch examples/distill_rcfd.py --config cifar10_resnet18 --teacher me/ddpm --output_dir runs/cifar10
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Job:
     compare_with_pd: bool = option(True, "Also distil the classifier-guided rungs by pd, for the comparison.")
     num_eval_images: int = option(50_000, "Generated images that each line of the comparison is measured on.")
     eval_batch_size: int = option(256, "Images that the comparison generates at a time.")
+    cpu_threads: int | None = option(None, "Threads of a single process without a GPU; unset: one for each core.")
 
 
 SHARED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "mixed_precision", "report_to",
@@ -81,8 +83,15 @@ def run(job, data, base, classifier, evaluator, distillation):
         load_feature_classifier,
         load_image_data,
     )
+    from diffusers_rcfd.cfd_trainer import check_classifier_fits
     from diffusers_rcfd.checkpoints import check_output_dir
     from diffusers_rcfd.comparison import Contender, compare, markdown_table, save_comparison, save_comparison_grid
+    from diffusers_rcfd.diffusion_trainer import check_images_fit
+
+    accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        # `accelerate launch` leaves a process on the CPU a single thread unless it is told otherwise.
+        torch.set_num_threads(job.cpu_threads or os.cpu_count())
 
     # Everything that can be wrong is found here, before any training.
     output_dir = Path(distillation.output_dir)
@@ -96,6 +105,10 @@ def run(job, data, base, classifier, evaluator, distillation):
     scheduler = RCFDScheduler() if teacher is None else teacher.scheduler
     rungs = distillation.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
     guided = [rung for rung in rungs if rung.objective != "pd"]
+    if teacher is not None:
+        check_images_fit(teacher, images)
+    if guide is not None:
+        check_classifier_fits(guide, images.image_shape[0], rungs, distillation)
     if images.num_classes is None and (judge is None or (guide is None and guided)):
         raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
 
@@ -149,7 +162,6 @@ def run(job, data, base, classifier, evaluator, distillation):
         students |= {rung: output_dir / "students-pd" / rung.name for rung in pd_trainer.rungs}
 
     # 4. The comparison.
-    accelerator = Accelerator()
     steps = sorted({rung.student_steps for rung in students if rung.student_steps <= 8}, reverse=True)
     base_steps = [N for N in steps if teacher.scheduler.config.num_inference_steps is None]
     contenders = [Contender("DDIM", N, teacher) for N in base_steps]
@@ -168,6 +180,7 @@ def run(job, data, base, classifier, evaluator, distillation):
         print(f"\n{markdown_table(rows)}\n")
         print(f"Everything is in {output_dir}: comparison.png, comparison.md, and pipelines for "
               f"RCFDPipeline.from_pretrained, such as {students[rungs[-1]]}")  # fmt: skip
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 SMALL = [
     "--base_max_train_steps", "3", "--classifier_max_train_steps", "2", "--evaluator_max_train_steps", "2",
     "--base_train_batch_size", "8", "--train_batch_size", "8", "--max_train_steps", "2", "--base_sample_steps", "0",
-    "--sample_steps", "0", "--num_eval_images", "32", "--checkpointing_steps", "2",
+    "--sample_steps", "0", "--num_eval_images", "32", "--checkpointing_steps", "2", "--cpu_threads", "1",
 ]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.test_examples import SMALL
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -38,10 +40,10 @@ def test_two_processes_train_what_one_does(tmp_path, objective):
         for name in ("loss", "grad_norm", *(("cfd", "entropy", "diversity") if objective == "rcfd" else ())):
             assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-7), name
     for rung in ("2-step", "1-step"):
-        torch.testing.assert_close(
-            weights(tmp_path / "two" / rung), weights(tmp_path / "one" / rung), rtol=1e-3, atol=1e-5
-        )
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+        alone, together = weights(tmp_path / "one" / rung), weights(tmp_path / "two" / rung)
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-5)
+    names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("one", "two")]
+    assert names[0] == names[1]
 
 
 def test_two_processes_resume_to_the_same_weights(tmp_path):
@@ -54,6 +56,16 @@ def test_two_processes_resume_to_the_same_weights(tmp_path):
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "resumed/metrics.jsonl").read_bytes()
 
 
+def test_main_job_on_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["examples/distill_rcfd.py", *SMALL, "--output_dir", str(tmp_path / "run")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Everything is in") == 1
+    assert len(json.loads((tmp_path / "run/comparison.json").read_text())) == 11
+
+
 def main(objective, output_dir, batch_size, accumulation, mode=None):
     from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, load_image_data
     from tests.toys import tiny_classifier, tiny_teacher
@@ -63,7 +75,8 @@ def main(objective, output_dir, batch_size, accumulation, mode=None):
         output_dir=output_dir, objective=[objective], student_steps=[2, 1], max_train_steps=[4], logging_steps=1,
         train_batch_size=int(batch_size), gradient_accumulation_steps=int(accumulation), learning_rate=1e-3,
         checkpointing_steps=2, sample_steps=4, num_sample_images=4, random_flip=True,
-        regularization_weight=[0.5], entropy_ratio=[0.25], resume_from_checkpoint="latest" if mode == "resume" else None,
+        regularization_weight=[0.5], entropy_ratio=[0.25],
+        resume_from_checkpoint="latest" if mode == "resume" else None,
     )  # fmt: skip
     teacher, data = tiny_teacher(), load_image_data(max_images=64)
     trainer = CFDDistillationTrainer(teacher, tiny_classifier().eval(), config, data)

@@ -1,0 +1,234 @@
+"""Trainers that publish, over HTTP against the Hub of `tests/fake_hub.py`, and the cards they write."""
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from diffusers_rcfd import (
+    CFDDistillationConfig,
+    CFDDistillationTrainer,
+    ClassifierConfig,
+    ClassifierTrainer,
+    DiffusionConfig,
+    DiffusionTrainer,
+    Evaluator,
+    RCFDPipeline,
+    RCFDScheduler,
+    load_image_data,
+)
+from diffusers_rcfd.configs import Rung
+from diffusers_rcfd.hub import open_repository
+from diffusers_rcfd.model_card import BEGIN, END, RunDescription, create_model_card, write_model_card
+from tests.fake_hub import ClientError, ClientProcess, FakeHub
+from tests.toys import tiny_classifier, tiny_teacher, tiny_unet
+
+RUNGS = [Rung(4, 2, "pd", 1.0, 0.0, 0.5, 300), Rung(2, 2, "rcfd", 0.9, 0.003, 0.75, 500)]
+EVALUATION = {
+    "metrics": {"fd": {"label": "FD(tiny)", "value": 3.5, "confidence_interval": [3.0, 4.0]}},
+    "num_images": 64, "seed": 0, "extractor": "tiny", "reference": "anna/digits [train]", "num_reference_images": 99,
+    "reference_key": "",
+}  # fmt: skip
+RUN = RunDescription(
+    "anna/two", RUNGS, "you/base", "anna/digits", "resnet18", training_seconds=3725, evaluations={2: EVALUATION}
+)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with FakeHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    with ClientProcess(hub.environment(tmp_path_factory.mktemp("home"))) as client:
+        yield client
+
+
+# --- what runs in the client's process -------------------------------------------------------------------------
+
+
+def distil(folder, evaluate=False, **options):
+    options = {"student_steps": [2, 1], "objective": ["cfd"], "max_train_steps": [1], "train_batch_size": 8} | options
+    data = load_image_data(max_images=32)
+    config = CFDDistillationConfig(output_dir=str(folder), push_to_hub=not evaluate, num_sample_images=4, **options)
+    trainer = CFDDistillationTrainer(tiny_teacher(), tiny_classifier(), config, data)
+    trainer.train()
+    if evaluate:
+        trainer.evaluate(Evaluator(tiny_classifier().eval(), data, name="tiny", cache_dir=False), num_images=16)
+        trainer.push_to_hub()
+
+
+def train_base(folder, **options):
+    config = DiffusionConfig(output_dir=str(folder), push_to_hub=True, max_train_steps=1, train_batch_size=8,
+                             num_sample_images=4, sample_inference_steps=2, **options)  # fmt: skip
+    DiffusionTrainer(tiny_unet(), RCFDScheduler(), config, load_image_data(max_images=32)).train()
+
+
+def train_classifier(folder, **options):
+    config = ClassifierConfig(
+        output_dir=str(folder), push_to_hub=True, max_train_steps=1, train_batch_size=8, **options
+    )
+    ClassifierTrainer(tiny_classifier(), config, load_image_data(max_images=32)).train()
+
+
+def steps_of(repo_id, revision=None):
+    return RCFDPipeline.from_pretrained(repo_id, revision=revision).scheduler.config.num_inference_steps
+
+
+def without_token(function, *args, **options):
+    token = os.environ.pop("HF_TOKEN")
+    try:
+        return function(*args, **options)
+    finally:
+        os.environ["HF_TOKEN"] = token
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_rung_is_a_revision_and_main_holds_the_last(hub, client, tmp_path):
+    client(distil, tmp_path / "run", hub_model_id="anna/ladder", evaluate=True)
+    assert [client(steps_of, "anna/ladder", revision) for revision in ("2-step", "1-step", None)] == [2, 1, 1]
+    files = hub.files("anna/ladder")
+    assert {"README.md", "samples.png", "model_index.json", "pipeline.py"} <= files.keys()
+    assert not any(name.startswith(("checkpoint", "samples/", "logs", "2-step")) for name in files)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.eval_results[0].metric_type == "fd-tiny" and "FD(tiny)" in card.text
+
+
+@pytest.mark.parametrize("strategy, branches", [
+    ("end", {"main", "2-step", "1-step"}), ("every_rung", {"main", "2-step", "1-step"}),
+    ("checkpoint", {"main", "2-step", "1-step", "checkpoint"}),
+])  # fmt: skip
+def test_strategies(hub, client, tmp_path, strategy, branches):
+    name = f"anna/{strategy.replace('_', '-')}"
+    client(distil, tmp_path / "run", hub_model_id=name, hub_strategy=strategy, checkpointing_steps=1)
+    assert {branch for branch in branches if hub.files(name, branch)} == branches
+    if strategy == "checkpoint":
+        assert "trainer_state.json" in hub.files(name, "checkpoint")
+
+
+def test_base_model_and_classifier(hub, client, tmp_path):
+    client(train_base, tmp_path / "base", hub_model_id="anna/base", hub_private_repo=True)
+    client(train_classifier, tmp_path / "classifier", hub_model_id="anna/classifier")
+    assert client(steps_of, "anna/base") is None
+    assert "num_inference_steps=64" in hub.files("anna/base")["README.md"].decode()
+    files = hub.files("anna/classifier")
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "README.md"} <= files.keys()
+    assert "Accuracy on held-out images" in files["README.md"].decode()
+
+
+def test_second_push_keeps_what_a_person_wrote(hub, client, tmp_path):
+    client(distil, tmp_path / "one", hub_model_id="anna/edited")
+    repo_card = hub.files("anna/edited")["README.md"].decode()
+    edited = repo_card.replace("# edited", "# My digits\n\nHand-made words.").replace(
+        "license: apache-2.0", "license: mit"
+    )
+    client(upload_card, "anna/edited", edited)
+    client(distil, tmp_path / "two", hub_model_id="anna/edited", learning_rate=0.00123)
+    card = hub.files("anna/edited")["README.md"].decode()
+    assert "Hand-made words." in card and "license: mit" in card and "0.00123" in card
+    assert card.count(BEGIN) == card.count(END) == 1
+
+
+def upload_card(repo_id, text):
+    ModelCard(text).push_to_hub(repo_id)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"hub_token": "hf_wrong"}, "ValueError: `hub_token` must be a valid token with write access"),
+        ({"hub_model_id": "anna/not allowed"}, "ValueError: `hub_model_id` must be a name the Hub allows"),
+        (
+            {"hub_model_id": "anna/text-model"},
+            "ValueError: `hub_model_id` 'anna/text-model' holds files of another kind",
+        ),
+    ],
+)
+def test_wrong_access_is_found_before_training(hub, client, tmp_path, options, message):
+    if ("model", "anna/text-model") not in hub.repos:
+        hub.add_repo("anna/text-model", {"tokenizer.json": b"{}"})
+    with pytest.raises(ClientError, match=message):
+        client(distil, tmp_path / "run", **({"hub_model_id": "anna/wrong"} | options))
+    assert not (tmp_path / "run/2-step").exists()
+
+
+def test_no_token(client):
+    with pytest.raises(ClientError, match="ValueError: `hub_token`"):
+        client(without_token, open_repository, "anna/no-token")
+
+
+def test_cut_upload_publishes_nothing_and_says_where_the_model_is(hub, client, tmp_path):
+    client(distil, tmp_path / "one", hub_model_id="anna/cut")
+    before = hub.files("anna/cut")
+    hub.cut("POST", 50)
+    try:
+        with pytest.raises(ClientError, match="ConnectionError: Publishing .* nothing of it was published"):
+            client(distil, tmp_path / "two", hub_model_id="anna/cut", seed=1, learning_rate=0.01)
+    finally:
+        hub.cuts.clear()
+    assert hub.files("anna/cut") == before and (tmp_path / "two/1-step/model_index.json").is_file()
+
+
+def test_token_is_written_nowhere(hub, client, tmp_path):
+    token = next(iter(hub.tokens))
+    client(distil, tmp_path / "run", hub_model_id="anna/secret", hub_token=token, hub_strategy="checkpoint",
+           checkpointing_steps=1, report_to="tensorboard")  # fmt: skip
+    assert hub.files("anna/secret")
+    config = CFDDistillationConfig(hub_token=token)
+    assert token not in repr(config)
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or token.encode() not in path.read_bytes(), path
+
+
+def test_card_is_valid_and_complete(tmp_path):
+    card = write_model_card(tmp_path, RUN)
+    data = yaml.safe_load(card.content.split("---")[1])
+    assert data["base_model"] == "you/base" and data["datasets"] == ["anna/digits"] and data["license"] == "apache-2.0"
+    assert "arxiv:2211.12039" in data["tags"]
+    result = data["model-index"][0]["results"][0]["metrics"][0]
+    assert result["value"] == 3.5 and result["type"] == "fd-tiny"
+    entries = yaml.safe_load((tmp_path / ".eval_results/diffusers_rcfd.yaml").read_text())
+    assert entries[0]["dataset"]["id"] == "anna/digits" and entries[0]["value"] == 3.5
+    for words in (
+        'RCFDPipeline.from_pretrained("anna/two")', "use_clipped_model_output=True", "@inproceedings",
+        "1 h 02 min 05 s",
+        "| 2-step | 4 | rcfd | 0.9 | 0.003 |", "| 4-step | 8 | pd | - | - | - | 300 |",
+        "64 generated images (seed 0) against 99",
+    ):  # fmt: skip
+        assert words in card.content, words
+    assert "FID" not in card.content
+
+
+def test_local_names_are_not_published():
+    card = create_model_card(RunDescription("anna/two", RUNGS, "/data/base", "/data/images", "resnet18"))
+    assert "/data" not in card.content and "- data: local files" in card.content
+    assert card.data.get("base_model") is None
+
+
+def test_existing_card_without_our_section_keeps_its_text():
+    card = create_model_card(RUN, "---\nlicense: mit\ntags:\n- mine\nmetrics:\n- old\n---\n\n# Mine\n\nWords.\n")
+    data = yaml.safe_load(card.content.split("---")[1])
+    assert data["license"] == "mit" and data["tags"][0] == "mine" and "rcfd" in data["tags"]
+    assert data["metrics"] == ["fd-tiny"] and "Words." in card.content and BEGIN in card.content
+
+
+def test_evaluation_is_recorded(tmp_path):
+    distil_options = {"student_steps": [1], "objective": ["pd"], "max_train_steps": [1], "train_batch_size": 8}
+    data = load_image_data(max_images=32)
+    torch.manual_seed(0)
+    trainer = CFDDistillationTrainer(
+        tiny_teacher(), None, CFDDistillationConfig(output_dir=str(tmp_path / "run"), **distil_options), data
+    )
+    trainer.train()
+    results = trainer.evaluate(Evaluator(tiny_classifier().eval(), data, name="tiny", cache_dir=False), num_images=16)
+    assert json.loads((tmp_path / "run/evaluation.json").read_text())["1"] == results[1]
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["FD(tiny)"] == results[1]["metrics"]["fd"]["value"]
