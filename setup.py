@@ -34,8 +34,11 @@ TEST_REQUIRES = [
     "pytest>=8.2",
     "pytest-xdist>=3.6.1",
     "ruff~=0.17.5",
+    "scikit-learn>=1.3",
     "tensorboard>=2.17",
 ]
+
+DEMO_REQUIRES = ["gradio>=6.0"]
 
 
 def read_version() -> str:
@@ -59,7 +62,8 @@ setup(
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "test": TEST_REQUIRES,
-        "dev": [*TEST_REQUIRES, "pre-commit>=4.0"],
+        "demo": DEMO_REQUIRES,
+        "dev": [*TEST_REQUIRES, *DEMO_REQUIRES, "pre-commit>=4.0"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -48,7 +48,7 @@ class Job:
 
 
 SHARED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "mixed_precision", "report_to",
-          "dataloader_num_workers")  # fmt: skip
+          "dataloader_num_workers", "hub_private_repo", "hub_token", "hub_strategy")  # fmt: skip
 
 
 GROUPS = (
@@ -142,11 +142,13 @@ def run(job, data, base, classifier, evaluator, distillation):
         judge = train_classifier(evaluator, job.evaluator_backbone, "evaluator", 2000)
 
     # 3. The ladder, and by pd the rungs that the classifier guided.
-    CFDDistillationTrainer(teacher, guide, inside(distillation, "students"), images).train()
+    ladder = replace(inside(distillation, "students"), hub_model_id=distillation.hub_model_id or output_dir.name)
+    CFDDistillationTrainer(teacher, guide, ladder, images).train()
     students = {rung: output_dir / "students" / rung.name for rung in rungs}
     if job.compare_with_pd and guided:
         by_pd = replace(
             inside(distillation, "students-pd"),
+            push_to_hub=False,
             student_steps=[rung.student_steps for rung in guided],
             teacher_steps=[rung.teacher_steps for rung in guided],
             max_train_steps=[rung.max_train_steps for rung in guided],
