@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from diffusers_rcfd.evaluation import Evaluator
@@ -93,16 +92,17 @@ def save_comparison_grid(contenders: list[Contender], path: Path, num_noises: in
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(contenders), figsize=(1.1 * len(contenders), 0.95 * num_noises + 0.6))
-    for axis, contender in zip(np.atleast_1d(axes), contenders, strict=True):
-        images = _sample(contender, initial_noise(range(num_noises), contender.pipeline.image_shape, seed))
-        column = torch.cat(list(images.cpu()), dim=1).permute(1, 2, 0)  # (num_noises H, W, C)
-        axis.imshow(column.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_axis_off()
+    size = (1 + 1.0 * len(contenders), 1 + 1.0 * num_noises)
+    figure, axes = pyplot.subplots(num_noises, len(contenders), figsize=size, squeeze=False)
+    for column, contender in zip(axes.T, contenders, strict=True):
+        images = _sample(contender, initial_noise(range(num_noises), contender.pipeline.image_shape, seed)).cpu()
+        for axis, image in zip(column, images, strict=True):
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
         steps = contender.num_inference_steps
-        axis.set_title(f"{contender.method}\n{steps} step{'s' if steps > 1 else ''}", fontsize=8)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=120)
+        column[0].set_title(f"{contender.method}\n{steps} step{'s' if steps > 1 else ''}")
+    figure.subplots_adjust(wspace=0.06, hspace=0.06)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -109,7 +109,7 @@ class TrainingConfig:
     logging_steps: int = option(50, "Steps between two lines of metrics.")
     sample_steps: int = option(0, "Steps between two sample grids from fixed noise; 0 draws none.")
     num_sample_images: int = option(64, "Images in a sample grid.")
-    checkpointing_steps: int = option(1000, "Steps between two checkpoints; 0 writes none.")
+    checkpointing_steps: int = option(1000, "Steps between two checkpoints; 0 writes them only between rungs.")
     checkpoints_total_limit: int = option(2, "Checkpoints kept.")
     report_to: str = option("none", "Accelerate trackers, e.g. 'tensorboard', 'wandb' or 'all'; 'none' for none.")
     push_to_hub: bool = option(False, "Publish the model on the Hub.")

@@ -353,8 +353,7 @@ class Trainer:
                 self.push_to_hub()
         self.accelerator.wait_for_everyone()
         self.state.stage, self.state.step, self.state.window, self.state.streams = stage.index + 1, 0, {}, []
-        if self.config.checkpointing_steps:
-            self._save_checkpoint()
+        self._save_checkpoint()  # small: that the stage is done
 
     def _save_checkpoint(self) -> None:
         """Write a checkpoint beside its final place, then rename it; older ones go once it is safe."""

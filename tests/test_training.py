@@ -109,9 +109,11 @@ def test_resumed_run_is_bit_identical(tmp_path, digits, stop):
         assert files(tmp_path / "whole" / name) == files(tmp_path / "resumed" / name)
 
 
-def test_resume_of_a_finished_run_returns_its_model(tmp_path, digits):
-    pipe = trainer(tmp_path, digits).train()
-    again = trainer(tmp_path, digits, resume_from_checkpoint="latest").train()
+@pytest.mark.parametrize("checkpointing_steps", [0, 2])
+def test_resume_of_a_finished_run_returns_its_model(tmp_path, digits, checkpointing_steps):
+    options = {"checkpointing_steps": checkpointing_steps}
+    pipe = trainer(tmp_path, digits, **options).train()
+    again = trainer(tmp_path, digits, unet=tiny_unet(), resume_from_checkpoint="latest", **options).train()
     assert torch.equal(parameters(pipe.unet), parameters(again.unet))
 
 
