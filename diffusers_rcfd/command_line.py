@@ -15,6 +15,7 @@ def parse_options(
     description: str | None = None,
     recipes: Path | None = None,
     default_recipe: str | None = None,
+    overridden: dict[str, tuple[str, ...]] | None = None,
     args: list[str] | None = None,
 ) -> tuple[Any, ...]:
     """Fill dataclasses from `--config RECIPE` and from the command line.
@@ -28,6 +29,8 @@ def parse_options(
         description (`str`, *optional*): head of the help text.
         recipes (`Path`, *optional*): folder of the recipes that `--config` knows by name.
         default_recipe (`str`, *optional*): recipe used when `--config` is not given.
+        overridden (`dict[str, tuple[str, ...]]`, *optional*): for an option, those of the recipe that lose their
+            meaning when it is given on the command line, and go back to their defaults.
         args (`list[str]`, *optional*): the command line; defaults to that of the process.
 
     Returns:
@@ -52,7 +55,11 @@ def parse_options(
     recipe = _recipe_of(args, default_recipe)
     try:
         if recipe is not None:
-            parser.set_defaults(**_read_recipe(recipe, recipes, forms))
+            options = _read_recipe(recipe, recipes, forms)
+            for option, others in (overridden or {}).items():
+                if any(arg == f"--{option}" or arg.startswith(f"--{option}=") for arg in args):
+                    options = {name: value for name, value in options.items() if name not in others}
+            parser.set_defaults(**options)
         *filled, _ = parser.parse_args_into_dataclasses(args=args)
         return tuple(_fill(*group, form) for group, form in zip(groups, filled, strict=True))
     except (ValueError, FileNotFoundError) as error:

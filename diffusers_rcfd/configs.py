@@ -20,6 +20,9 @@ LR_SCHEDULERS = (
     "polynomial",
 )
 
+# The options that take one value for each rung of a ladder.
+PER_RUNG = ("teacher_steps", "objective", "temperature", "regularization_weight", "entropy_ratio", "max_train_steps")
+
 # Appendix C.4 of the paper: student steps -> (tau, beta, gamma).
 LOSS_PRESETS = {
     "resnet18": {4: (0.95, 0.003, 0.75), 2: (0.95, 0.003, 0.75), 1: (0.85, 0.003, 0.5)},
@@ -278,7 +281,7 @@ class CFDDistillationConfig(TrainingConfig):
     lr_scheduler: str = option("cosine", f"Learning-rate schedule of Diffusers: one of {LR_SCHEDULERS}.")
 
     def __post_init__(self):
-        for name in _PER_RUNG + ("student_steps",):
+        for name in PER_RUNG + ("student_steps",):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (list, tuple)):
                 setattr(self, name, [value])
@@ -300,7 +303,7 @@ class CFDDistillationConfig(TrainingConfig):
             steps,
             "in falling order, each dividing the one before it",
         )
-        for name in _PER_RUNG:
+        for name in PER_RUNG:
             value = getattr(self, name)
             if value is not None:
                 require(
@@ -370,6 +373,3 @@ class CFDDistillationConfig(TrainingConfig):
         """The value of an option at rung i."""
         value = getattr(self, name)
         return None if value is None else value[i if len(value) > 1 else 0]
-
-
-_PER_RUNG = ("teacher_steps", "objective", "temperature", "regularization_weight", "entropy_ratio", "max_train_steps")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from diffusers_rcfd.command_line import parse_options
 from diffusers_rcfd.configs import (
+    PER_RUNG,
     CFDDistillationConfig,
     ClassifierConfig,
     DataConfig,
@@ -63,7 +64,8 @@ GROUPS = (
 
 def main():
     recipes = Path(__file__).parent / "configs"
-    run(*parse_options(*GROUPS, description=__doc__, recipes=recipes, default_recipe="digits"))
+    ladder = {"student_steps": PER_RUNG}  # a ladder of one's own has as many values as it has rungs, not the recipe's
+    run(*parse_options(*GROUPS, description=__doc__, recipes=recipes, default_recipe="digits", overridden=ladder))
 
 
 def run(job, data, base, classifier, evaluator, distillation):

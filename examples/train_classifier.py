@@ -1,6 +1,6 @@
 """Train the classifier whose features are distilled, and report its accuracy on held-out images.
 
-accelerate launch examples/train_classifier.py --config digits_classifier --output_dir runs/digits-classifier
+accelerate launch examples/train_classifier.py --config digits --output_dir runs/digits-classifier
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,8 @@ class Network:
 
 
 def main():
-    network, data, config = parse_options(
-        Network, DataConfig, ClassifierConfig, description=__doc__, recipes=Path(__file__).parent / "configs"
-    )
+    recipes = Path(__file__).parent / "configs/train_classifier"
+    network, data, config = parse_options(Network, DataConfig, ClassifierConfig, description=__doc__, recipes=recipes)
     import torch
 
     from diffusers_rcfd import ClassifierTrainer, FeatureClassifier, load_image_data

@@ -1,6 +1,6 @@
 """Train a base diffusion model on real images and save it as a pipeline.
 
-accelerate launch examples/train_teacher.py --config digits_teacher --output_dir runs/digits-base
+accelerate launch examples/train_teacher.py --config digits --output_dir runs/digits-base
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,8 @@ class Network:
 
 
 def main():
-    network, data, config = parse_options(
-        Network, DataConfig, DiffusionConfig, description=__doc__, recipes=Path(__file__).parent / "configs"
-    )
+    recipes = Path(__file__).parent / "configs/train_teacher"
+    network, data, config = parse_options(Network, DataConfig, DiffusionConfig, description=__doc__, recipes=recipes)
     import torch
 
     from diffusers_rcfd import DiffusionTrainer, RCFDScheduler, build_unet, load_image_data

@@ -42,6 +42,14 @@ def test_command_line_wins_over_the_recipe(recipes):
     assert not distillation.random_flip
 
 
+def test_options_of_the_recipe_that_another_one_overrides(recipes):
+    (recipes / "ladder.yaml").write_text("student_steps: [4, 2]\ntemperature: [0.9, 0.8]\nlearning_rate: 1.0e-3\n")
+    args = ["--config", "ladder", "--student_steps", "8"]
+    options = {"recipes": recipes, "args": args, "overridden": {"student_steps": ("temperature",)}}
+    (config,) = parse_options(CFDDistillationConfig, **options)
+    assert (config.student_steps, config.temperature, config.learning_rate) == ([8], None, 1e-3)
+
+
 def test_help_names_every_option_with_its_text(capsys, recipes):
     with pytest.raises(SystemExit) as leave:
         parse("--help", recipes=recipes)
