@@ -25,7 +25,7 @@ INSTALL_REQUIRES = [
     "torch-fidelity>=0.4.0",
     "torchvision>=0.24",
     "tqdm>=4.66.5",
-    "transformers>=5.0",
+    "transformers>=5.20",
 ]
 
 # ruff formats differently from one minor version to the next, hence "~=".
@@ -35,7 +35,7 @@ TEST_REQUIRES = [
     "pytest-xdist>=3.6.1",
     "ruff~=0.17.5",
     "scikit-learn>=1.3",
-    "tensorboard>=2.17",
+    "tensorboard>=2.20",
 ]
 
 DEMO_REQUIRES = ["gradio>=6.0"]

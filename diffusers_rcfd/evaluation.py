@@ -357,7 +357,7 @@ class Evaluator:
         if self.cache_dir is False:
             return None
         readable = re.sub(r"[^\w.-]+", "-", f"{self.reference.name}-{len(self.reference)}-{self.name}")
-        return Path(self.cache_dir, f"{readable}-{self.reference_key[:16]}.safetensors")
+        return Path(self.cache_dir, f"{readable[:80]}-{self.reference_key[:16]}.safetensors")
 
     def _check_number(self, num_images):
         sizes = {"num_images": num_images}

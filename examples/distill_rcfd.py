@@ -175,8 +175,14 @@ def run(job, data, base, classifier, evaluator, distillation):
             contenders.append(Contender(rung.objective.upper(), rung.student_steps, student))
     for contender in contenders:
         contender.pipeline.to(accelerator.device)
-    measure = Evaluator(judge, images, name=f"{job.evaluator_backbone}-{data.dataset}", accelerator=accelerator,
-                        batch_size=job.eval_batch_size, seed=distillation.seed)  # fmt: skip
+    measure = Evaluator(
+        judge,
+        images,
+        name=f"{judge.config.backbone}-{Path(data.dataset).name}",
+        accelerator=accelerator,
+        batch_size=job.eval_batch_size,
+        seed=distillation.seed,
+    )
     rows = compare(contenders, measure, job.num_eval_images, seed=distillation.seed)
     if accelerator.is_main_process:
         save_comparison(rows, output_dir)

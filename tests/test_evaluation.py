@@ -366,6 +366,13 @@ def test_works_with_a_feature_classifier():
 # Cache
 
 
+def test_cache_file_of_a_long_name(tmp_path):
+    reference = RandomImages(70)
+    reference.name = "/long" * 80
+    evaluator(reference=reference, name="x" * 300, cache_dir=tmp_path).evaluate(random_images(40))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_reference_statistics_are_read_from_the_cache(tmp_path):
     first, second = RandomImages(70), RandomImages(70)
     expected = evaluator(ALL_METRICS, reference=first, cache_dir=tmp_path).evaluate(random_images(40))
