@@ -23,6 +23,8 @@ _MODULE_OF = {
     "ImageData": "image_data",
     "RCFDPipeline": "pipeline_rcfd",
     "RCFDScheduler": "scheduling_rcfd",
+    "SFDDistillationConfig": "sfd_config",
+    "SFDDistillationTrainer": "sfd_trainer",
     "UNET_PRESETS": "unet_presets",
     "build_unet": "unet_presets",
     "load_feature_classifier": "feature_classifier",
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from diffusers_rcfd.image_data import load_image_data as load_image_data
     from diffusers_rcfd.pipeline_rcfd import RCFDPipeline as RCFDPipeline
     from diffusers_rcfd.scheduling_rcfd import RCFDScheduler as RCFDScheduler
+    from diffusers_rcfd.sfd_config import SFDDistillationConfig as SFDDistillationConfig
+    from diffusers_rcfd.sfd_trainer import SFDDistillationTrainer as SFDDistillationTrainer
     from diffusers_rcfd.unet_presets import UNET_PRESETS as UNET_PRESETS
     from diffusers_rcfd.unet_presets import build_unet as build_unet
 

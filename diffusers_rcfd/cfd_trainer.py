@@ -10,12 +10,13 @@ from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
 from diffusers_rcfd.checkpoints import write_json
-from diffusers_rcfd.configs import CFDDistillationConfig, Rung
+from diffusers_rcfd.configs import CFDDistillationConfig, Rung, require
 from diffusers_rcfd.diffusion_trainer import check_images_fit, conditioning, data_name, sample_grid
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.feature_classifier import FeatureClassifier
+from diffusers_rcfd.feature_terms import feature_terms
 from diffusers_rcfd.image_tensors import flip
-from diffusers_rcfd.losses import diversity, dual_temperature_kl, entropy, feature_kl, rcfd_loss, x0_loss
+from diffusers_rcfd.losses import x0_loss
 from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
@@ -50,6 +51,7 @@ class CFDDistillationTrainer(Trainer):
         config = config or CFDDistillationConfig()
         super().__init__(config, train_dataset)
         scheduler = teacher.scheduler
+        require(not scheduler.config.nodes, "teacher", scheduler.config.nodes, "on the uniform grid, without `nodes`")
         self.teacher, self.student, self.classifier = teacher, student, classifier
         self.rungs = config.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
         check_images_fit(teacher, train_dataset)
@@ -137,7 +139,7 @@ class CFDDistillationTrainer(Trainer):
             learning_rate=config.learning_rate,
             training_seconds=self.state.seconds,
             evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
-            class_conditional=student.unet.config.num_class_embeds is not None,
+            class_conditional=student.num_classes is not None,
         )
         write_model_card(folder, run, existing)
 
@@ -180,33 +182,9 @@ class CFDDistillationTrainer(Trainer):
         if rung.objective == "pd":
             alpha, sigma = scheduler.alpha_sigma(t, z_t)
             return {"loss": x0_loss(x0_pred, x0_target, alpha, sigma, self.config.loss_weighting).mean()}
-        return self._feature_terms(x0_pred, x0_target)
-
-    def _feature_terms(self, x0_pred: torch.Tensor, x0_target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """CFD, entropy and diversity of the student's x0 against the teacher's (Eq. 4 to 8)."""
-        config, rung = self.config, self.rung
+        regularization = (rung.regularization_weight, rung.entropy_ratio) if rung.objective == "rcfd" else None
         with self.accelerator.autocast():
-            student = self.classifier(x0_pred)
-            with torch.no_grad():
-                teacher = self.classifier(x0_target)
-        of_student, of_teacher = (
-            (student.features, teacher.features)
-            if config.distribution == "features"
-            else (student.logits, teacher.logits)
-        )
-        kl = dual_temperature_kl if config.dual_temperature else feature_kl
-        cfd = kl(of_student, of_teacher, rung.temperature).mean()
-        if rung.objective == "cfd":
-            return {"loss": config.cfd_weight * cfd, "cfd": cfd}
-        terms = {"cfd": cfd, "entropy": entropy(student.logits).mean(), "diversity": diversity(student.logits)}
-        loss = rcfd_loss(
-            config.cfd_weight * cfd,
-            terms["entropy"],
-            terms["diversity"],
-            rung.regularization_weight,
-            rung.entropy_ratio,
-        )
-        return {"loss": loss, **terms}
+            return feature_terms(self.classifier, x0_pred, x0_target, self.config, rung.temperature, regularization)
 
 
 def without_dropout(unet: UNet2DModel) -> UNet2DModel:

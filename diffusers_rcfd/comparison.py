@@ -110,7 +110,7 @@ def _sample(contender: Contender, noise: torch.Tensor) -> torch.Tensor:
     """Images (B, C, H, W) in [0, 1]; a class-conditional model is given its classes in turn."""
     pipeline = contender.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    num_classes = pipeline.unet.config.num_class_embeds
+    num_classes = pipeline.num_classes
     labels = None if num_classes is None else torch.arange(len(noise)) % num_classes
     steps = contender.num_inference_steps
     return pipeline(len(noise), steps, latents=noise, class_labels=labels, output_type="pt").images

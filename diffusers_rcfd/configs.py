@@ -11,6 +11,7 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 WEIGHTINGS = ("both", "x", "eps")
 HUB_STRATEGIES = ("end", "every_rung", "checkpoint")
+DISTRIBUTIONS = ("features", "predictions", "spatial")
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -18,6 +19,7 @@ LR_SCHEDULERS = (
     "cosine",
     "cosine_with_restarts",
     "polynomial",
+    "piecewise_constant",  # a tenth from half-way on, without warm-up
 )
 
 # The options that take one value for each rung of a ladder.
@@ -220,6 +222,42 @@ class ClassifierConfig(TrainingConfig):
         )
 
 
+@dataclass
+class FeatureLossConfig(TrainingConfig):
+    """How CFD compares two images through a classifier; shared by the trainers that do."""
+
+    cfd_weight: float = option(1.0, "Weight of the CFD term; 0 leaves entropy and diversity alone (Table 2).")
+    distribution: str = option(
+        "features",
+        "What CFD compares: 'features' before the last layer, 'predictions' (section 4.3), or 'spatial': the feature "
+        "maps of several stages.",
+    )
+    spatial_loss: str = option(
+        "l1", "spatial: 'l1' of channels normalised at each position, or 'kl', Eq. 4 over the channels of each."
+    )
+    feature_stages: list[int] | None = option(
+        None,
+        "spatial: which stages of the backbone, 0 the finest, -1 the last; unset: all. Their losses are averaged.",
+    )
+    dual_temperature: bool = option(False, "Temperature on teacher and student, loss times tau^2 (Eq. 8); tau > 0.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(_is_number(self.cfd_weight) and self.cfd_weight >= 0, "cfd_weight", self.cfd_weight, "at least 0")
+        require(self.distribution in DISTRIBUTIONS, "distribution", self.distribution, f"one of {DISTRIBUTIONS}")
+        require(self.spatial_loss in ("l1", "kl"), "spatial_loss", self.spatial_loss, "'l1' or 'kl'")
+        for stage in self.feature_stages or ():
+            require(isinstance(stage, int), "feature_stages", stage, "integers")
+        spatial = self.distribution == "spatial"
+        require(not (spatial and self.dual_temperature), "dual_temperature", True, "False with 'spatial'")
+
+    def check_temperature(self, tau: float) -> None:
+        """Raise a `ValueError` for a temperature that Eq. 4 (or Eq. 8) does not know."""
+        allowed = "above 0" if self.dual_temperature else "in (0, 1]"
+        upper = float("inf") if self.dual_temperature else 1
+        require(_is_number(tau) and 0 < tau <= upper, "temperature", tau, allowed)
+
+
 @dataclass(frozen=True)
 class Rung:
     """One student of the ladder: N = `student_steps`, each matching K = `teacher_steps` steps of its teacher."""
@@ -239,7 +277,7 @@ class Rung:
 
 
 @dataclass
-class CFDDistillationConfig(TrainingConfig):
+class CFDDistillationConfig(FeatureLossConfig):
     """A ladder of students, each the next one's teacher, with the paper's appendix C.4 as defaults.
 
     Options said to be for each rung take one value for all, or as many as `student_steps` has.
@@ -271,11 +309,6 @@ class CFDDistillationConfig(TrainingConfig):
     max_train_steps: list[int] | None = option(
         None, "Optimizer steps, for each rung. Unset: the paper's 10 000 down to 4 student steps, 20 000 below."
     )
-    cfd_weight: float = option(1.0, "Weight of the CFD term; 0 leaves entropy and diversity alone (Table 2).")
-    distribution: str = option(
-        "features", "What CFD compares: 'features' before the last layer, or 'predictions' (section 4.3)."
-    )
-    dual_temperature: bool = option(False, "Temperature on teacher and student, loss times tau^2 (Eq. 8); tau > 0.")
     loss_weighting: str = option("both", "Weighting of pd: 'both' is the truncated SNR, 'x' or 'eps'.")
     learning_rate: float = option(5e-5, "Peak learning rate, of each rung anew.")
     lr_scheduler: str = option("cosine", f"Learning-rate schedule of Diffusers: one of {LR_SCHEDULERS}.")
@@ -318,20 +351,11 @@ class CFDDistillationConfig(TrainingConfig):
         presets = tuple(LOSS_PRESETS)
         require(self.preset is None or self.preset in LOSS_PRESETS, "preset", self.preset, f"one of {presets} or none")
         for tau in self.temperature or ():
-            allowed = "above 0" if self.dual_temperature else "in (0, 1]"
-            upper = float("inf") if self.dual_temperature else 1
-            require(_is_number(tau) and 0 < tau <= upper, "temperature", tau, allowed)
+            self.check_temperature(tau)
         for beta in self.regularization_weight or ():
             require(_is_number(beta) and beta >= 0, "regularization_weight", beta, "a number of at least 0")
         for gamma in self.entropy_ratio or ():
             require(_is_number(gamma) and 0 <= gamma <= 1, "entropy_ratio", gamma, "in [0, 1]")
-        require(_is_number(self.cfd_weight) and self.cfd_weight >= 0, "cfd_weight", self.cfd_weight, "at least 0")
-        require(
-            self.distribution in ("features", "predictions"),
-            "distribution",
-            self.distribution,
-            "'features' or 'predictions'",
-        )
         require(self.loss_weighting in WEIGHTINGS, "loss_weighting", self.loss_weighting, f"one of {WEIGHTINGS}")
 
     def rungs(self, teacher_num_inference_steps: int | None, last_index: int) -> list[Rung]:

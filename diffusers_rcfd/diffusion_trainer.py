@@ -85,7 +85,7 @@ class DiffusionTrainer(Trainer):
             * self.accelerator.num_processes,
             learning_rate=config.learning_rate,
             training_seconds=self.state.seconds,
-            class_conditional=self.pipeline.unet.config.num_class_embeds is not None,
+            class_conditional=self.pipeline.num_classes is not None,
         )
         write_model_card(folder, run, existing)
 
@@ -102,13 +102,13 @@ def data_name(dataset: Dataset) -> str | None:
 
 def conditioning(pipeline: RCFDPipeline, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """The class labels of a batch (B,), for a class-conditional model; else None."""
-    return batch["labels"] if pipeline.unet.config.num_class_embeds is not None else None
+    return batch["labels"] if pipeline.num_classes is not None else None
 
 
 def sample_grid(pipeline: RCFDPipeline, config, num_inference_steps: int | None = None) -> torch.Tensor:
     """Images (B, C, H, W) in [0, 1] of `config.num_sample_images`, from noise fixed by the seed."""
     pipeline.set_progress_bar_config(disable=True)
-    num_classes = pipeline.unet.config.num_class_embeds
+    num_classes = pipeline.num_classes
     labels = None if num_classes is None else [i % num_classes for i in range(config.num_sample_images)]
     generator = torch.Generator().manual_seed(derived_seed(config.seed, 0))
     latents = torch.randn((config.num_sample_images, *pipeline.image_shape), generator=generator)
@@ -132,7 +132,7 @@ def check_images_fit(pipeline: RCFDPipeline, dataset: Dataset) -> None:
             f"`train_dataset` must hold images of shape (C, H, W) = {pipeline.image_shape}, as the network does, "
             f"got {tuple(shape)}: set `resolution` and `channels`."
         )
-    wanted = pipeline.unet.config.num_class_embeds
+    wanted = pipeline.num_classes
     if wanted is not None and (num_classes is None or num_classes > wanted):
         raise ValueError(
             f"`train_dataset` must have class labels in 0..{wanted - 1} for `num_class_embeds`={wanted}, "

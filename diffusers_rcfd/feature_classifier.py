@@ -229,6 +229,32 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         logits, features = (self._run_timm if self.config.library == "timm" else self._run_transformers)(images)
         return FeatureClassifierOutput(logits=logits, features=features) if return_dict else (logits, features)
 
+    def spatial_features(self, images: torch.Tensor, stages: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Feature maps of the backbone's stages, finest first, differentiable in the images.
+
+        Args:
+            images (`torch.Tensor` of shape (B, C, H, W)): as in `forward`.
+            stages (`Sequence[int]`, *optional*): which ones, from 0, or from -1, the last, back; all by default.
+
+        Returns:
+            `list[torch.Tensor]` of shapes (B, C_i, H_i, W_i); the tokens of a transformers ViT are (B, C, tokens, 1).
+
+        Raises:
+            TypeError, ValueError: as in `forward`; or there is no such stage, or timm knows no stages of the backbone.
+        """
+        images = self._prepare(images)
+        if self.config.library == "timm":
+            if not hasattr(self.network, "forward_intermediates"):
+                raise ValueError(f"`backbone` {self.config.backbone!r} has no stages that timm knows of.")
+            maps = self.network.forward_intermediates(images, intermediates_only=True)
+        else:
+            hidden = self.network(pixel_values=images, output_hidden_states=True).hidden_states
+            maps = [state if state.ndim == 4 else state.transpose(1, 2).unsqueeze(-1) for state in hidden]
+        for stage in stages or ():
+            if not -len(maps) <= stage < len(maps):
+                raise ValueError(f"`stages` must be in {-len(maps)}..{len(maps) - 1} for this backbone, got {stage}.")
+        return [maps[stage] for stage in stages] if stages else list(maps)
+
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         channels = self.config.in_channels
         if not isinstance(images, torch.Tensor) or not images.is_floating_point():

@@ -79,7 +79,7 @@ def generate_images(
     sample, num_classes = pipeline, None
     if hasattr(pipeline, "unet"):
         sample = partial(_sample, pipeline, num_inference_steps)
-        image_shape, num_classes = pipeline.image_shape, pipeline.unet.config.num_class_embeds
+        image_shape, num_classes = pipeline.image_shape, pipeline.num_classes
     else:
         require(image_shape is not None, "image_shape", None, "(C, H, W) for a sampler function")
     labels = _class_labels(class_labels, num_classes, num_images)

@@ -41,6 +41,8 @@ class RunDescription:
         training_seconds (`float`, *optional*): wall time of distillation.
         evaluations (`dict[int, dict]`): `EvaluationResult.to_dict()` by student steps.
         class_conditional (`bool`): whether the model takes class labels.
+        network_evaluations (`list[int]`): of a student of SFD, which has no rungs: the numbers that it samples in.
+        stock_call (`dict`): of a student of SFD, `RCFDPipeline.stock_call`.
     """
 
     repo_id: str
@@ -54,10 +56,14 @@ class RunDescription:
     training_seconds: float | None = None
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     class_conditional: bool = False
+    network_evaluations: list[int] = field(default_factory=list)
+    stock_call: dict[str, Any] = field(default_factory=dict)
 
     @property
     def student_steps(self) -> int | None:
-        """Steps of the student that the card is of, None for a base model."""
+        """Steps of the student that the card is of, its most where it has several; None for a base model."""
+        if self.network_evaluations:
+            return self.network_evaluations[-1]
         return self.rungs[-1].student_steps if self.rungs else None
 
 
@@ -91,6 +97,7 @@ def card_metadata(run: RunDescription) -> ModelCardData:
         tags=[
             "diffusers_rcfd",
             *([run.rungs[-1].objective, "distillation", "few-step"] if run.rungs else []),
+            *(["sfd", "distillation", "few-step"] if run.network_evaluations else []),
             f"arxiv:{ARXIV}",
         ],
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -101,6 +108,7 @@ def card_metadata(run: RunDescription) -> ModelCardData:
 
 def card_text(run: RunDescription) -> str:
     """The generated section of the card, between its two markers."""
+    distilled = run.rungs or run.network_evaluations
     return "\n".join(
         [
             BEGIN,
@@ -109,8 +117,8 @@ def card_text(run: RunDescription) -> str:
             _ladder_table(run),
             _evaluation_section(run),
             "## Training\n",
-            f"- teacher: {run.teacher if is_hub_id(run.teacher) else 'trained for this run' if run.rungs else 'none'}",
-            f"- data: {_public_name(run.dataset)}",
+            f"- teacher: {run.teacher if is_hub_id(run.teacher) else 'trained for this run' if distilled else 'none'}",
+            f"- data: {'none but noise' if run.network_evaluations else _public_name(run.dataset)}",
             f"- classifier: {run.classifier or 'none'}",
             f"- batch {run.train_batch_size}, learning rate {run.learning_rate:g}",
             f"- training time: {_duration(run.training_seconds)}",
@@ -130,6 +138,10 @@ def _public_name(dataset: str | None) -> str:
 
 def _summary(run: RunDescription) -> str:
     paper = f"[Sun et al., 2023](https://arxiv.org/abs/{ARXIV})"
+    if run.network_evaluations:
+        counts = ", ".join(map(str, run.network_evaluations))
+        paper = "[Zhou et al., 2024](https://arxiv.org/abs/2409.19681)"
+        return f"A pixel diffusion model distilled to **{counts} network evaluations** by SFD ({paper})."
     if not run.rungs:
         return f"A pixel diffusion model that predicts x0, a base model for few-step distillation ({paper})."
     N, objective = run.student_steps, run.rungs[-1].objective.upper()
@@ -138,7 +150,7 @@ def _summary(run: RunDescription) -> str:
 
 def _usage(run: RunDescription) -> str:
     steps = run.student_steps or 64
-    ours = "" if run.rungs else f", num_inference_steps={steps}"
+    ours = "" if run.rungs or run.network_evaluations else f", num_inference_steps={steps}"
     labels = ", class_labels=[i % 10 for i in range(16)]" if run.class_conditional else ""
     lines = [
         "## Usage\n\n```python",
@@ -148,7 +160,15 @@ def _usage(run: RunDescription) -> str:
         "With plain Diffusers:\n\n```python",
         "from diffusers import DiffusionPipeline\n",
     ]
-    if run.class_conditional:  # a stock DDIMPipeline gives its network no labels
+    if run.network_evaluations:
+        call = run.stock_call
+        rows = f", class_labels=[{call['class_labels'][0]}] * 16" if call["class_labels"] else ""
+        lines += [
+            f'pipe = DiffusionPipeline.from_pretrained("{run.repo_id}")  # a ConsistencyModelPipeline',
+            f"pipe.scheduler.init_noise_sigma = {call['init_noise_sigma']!r}",
+            f"images = pipe(16, num_inference_steps=None, timesteps={call['timesteps']}{rows}).images\n```\n",
+        ]
+    elif run.class_conditional:  # a stock DDIMPipeline gives its network no labels
         lines += [
             f'repo = "{run.repo_id}"',
             "pipe = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 import torch
-from diffusers import DDIMPipeline, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -19,12 +19,19 @@ class RCFDPipeline(DiffusionPipeline):
     Saved, it is a stock `DDIMPipeline` that plain Diffusers loads too (call that one with `num_inference_steps=N,
     use_clipped_model_output=True`), and it carries its own code as `pipeline.py` for `custom_pipeline`.
 
+    A student of SFD, whose scheduler has `nodes`, is saved as a stock `ConsistencyModelPipeline` instead, the one that
+    takes timesteps one by one. In plain Diffusers its images are the same with what `stock_call` spells out: the nodes
+    as `timesteps`, with an analytical first step also `scheduler.init_noise_sigma`, and for a model of several step
+    counts the `class_labels` that its step count and class have in the network.
+
     Args:
-        unet (`UNet2DModel`): the network, unconditional or class-conditional.
+        unet (`UNet2DModel`): the network, unconditional or class-conditional. Where the scheduler has several lists of
+            `nodes`, one table of class embeddings holds all classes for the first list, all for the second, and so on.
         scheduler (`RCFDScheduler`): or any scheduler with a DDIM-like config, which is turned into one.
 
     Raises:
         TypeError: for a network of another kind, such as the `UNet2DConditionModel` of a text-to-image pipeline.
+        ValueError: for a scheduler of another process than z_t = alpha_t x0 + sigma_t eps, such as flow matching.
     """
 
     model_cpu_offload_seq = "unet"
@@ -35,6 +42,9 @@ class RCFDPipeline(DiffusionPipeline):
         if not isinstance(network, UNet2DModel):
             raise TypeError(f"`unet` must be a UNet2DModel, got {type(network).__name__}.")
         if not isinstance(scheduler, RCFDScheduler):
+            if not hasattr(scheduler, "alphas_cumprod"):
+                kind = type(scheduler).__name__
+                raise ValueError(f"`scheduler` must have a schedule that DDIMScheduler can name, got {kind}.")
             scheduler = RCFDScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
 
@@ -44,6 +54,14 @@ class RCFDPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of a class-conditional model, else None; step counts that share the embeddings are not counted."""
+        embeddings, counts = self.unet.config.num_class_embeds, len(self.scheduler.trained_steps)
+        if embeddings is None or embeddings == counts > 1:
+            return None
+        return embeddings // max(counts, 1)
 
     @torch.no_grad()
     def __call__(
@@ -61,11 +79,12 @@ class RCFDPipeline(DiffusionPipeline):
         Args:
             batch_size (`int`, defaults to 1): number of images; that of `latents` where those are given.
             num_inference_steps (`int`, *optional*): network evaluations N; defaults to what the model was distilled
-                for, whose divisors are allowed too. A base model takes any number in 1..n - 1 (default n - 1).
+                for, whose divisors are allowed too. A base model takes any number in 1..n - 1 (default n - 1), a
+                student of SFD those that it was trained for (default the largest).
             generator (`torch.Generator` or a list of `batch_size` of them, *optional*): the source of the noise,
                 one for the batch or one for each image.
             class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): one class for all, or one for each
-                image, in 0..num_class_embeds - 1; needed by, and only by, class-conditional models.
+                image, in 0..num_classes - 1; needed by, and only by, class-conditional models.
             latents (`torch.Tensor`, *optional*): the noise itself, (batch_size, C, H, W).
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), the last
                 two in [0, 1].
@@ -81,6 +100,8 @@ class RCFDPipeline(DiffusionPipeline):
         class_labels = self._check_class_labels(class_labels, len(z), device)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        class_labels = self._embedding_rows(class_labels, z)
+        z = z * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
             model_output = self.unet(z.to(self.unet.dtype), t, class_labels, return_dict=False)[0]
             z = self.scheduler.step(model_output.float(), t, z, return_dict=False)[0]
@@ -113,7 +134,7 @@ class RCFDPipeline(DiffusionPipeline):
 
     def _check_class_labels(self, class_labels, batch_size, device) -> torch.Tensor | None:
         """Class labels as a tensor (B,), or None for an unconditional model."""
-        num_classes = self.unet.config.num_class_embeds
+        num_classes = self.num_classes
         if num_classes is None:
             if class_labels is not None:
                 raise ValueError("`class_labels` must be None: this model is unconditional.")
@@ -129,6 +150,31 @@ class RCFDPipeline(DiffusionPipeline):
         if labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(f"`class_labels` must be in 0..{num_classes - 1}, got {labels.tolist()}.")
         return labels.to(device).expand(batch_size)
+
+    def _embedding_rows(self, class_labels, like) -> torch.Tensor | None:
+        """What the network is given as class labels (B,) for the step count that the scheduler is set to."""
+        counts = self.scheduler.trained_steps
+        row = counts.index(self.scheduler.num_inference_steps) if counts else 0
+        return embedding_rows(class_labels, row, len(counts), self.num_classes, like)
+
+    def stock_call(self, num_inference_steps: int | None = None) -> dict:
+        """What the `ConsistencyModelPipeline` that a student of SFD is saved as needs for the same images.
+
+        Args:
+            num_inference_steps (`int`, *optional*): as in a call.
+
+        Returns:
+            `dict`: "timesteps" and "class_labels" of the call, the latter of one image of class 0 and None where there
+            is none, and "init_noise_sigma", to be set on its scheduler.
+        """
+        self.scheduler.set_timesteps(num_inference_steps)
+        labels = None if self.num_classes is None else torch.zeros(1, dtype=torch.int64)
+        rows = self._embedding_rows(labels, torch.empty(1))
+        return {
+            "timesteps": self.scheduler.timesteps.tolist(),
+            "class_labels": None if rows is None else rows.tolist(),
+            "init_noise_sigma": self.scheduler.init_noise_sigma,
+        }
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -155,7 +201,7 @@ class RCFDPipeline(DiffusionPipeline):
             raise
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save as a stock `DDIMPipeline` in safetensors, with this class beside it as `pipeline.py`.
+        """Save as a stock pipeline in safetensors (see the class), with this class beside it as `pipeline.py`.
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder, made if it is missing.
@@ -164,8 +210,30 @@ class RCFDPipeline(DiffusionPipeline):
         save_directory = Path(save_directory)
         save_directory.mkdir(parents=True, exist_ok=True)
         (save_directory / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
-        stock = DDIMPipeline(unet=self.unet, scheduler=self.scheduler.to_ddim())
+        if self.scheduler.config.nodes:
+            stock = ConsistencyModelPipeline(unet=self.unet, scheduler=self.scheduler.to_dpm_solver())
+        else:
+            stock = DDIMPipeline(unet=self.unet, scheduler=self.scheduler.to_ddim())
         stock.save_pretrained(str(save_directory), **kwargs)
+
+
+def embedding_rows(
+    class_labels: torch.Tensor | None, row: int, counts: int, num_classes: int | None, like: torch.Tensor
+) -> torch.Tensor | None:
+    """The rows (B,) of a table of class embeddings that holds all classes for the first step count, then the second.
+
+    Args:
+        class_labels (`torch.Tensor`, *optional*): classes (B,), None for an unconditional model.
+        row (`int`): number of the step count among `counts`; below two of them the classes are the rows.
+        counts (`int`): step counts that share the table.
+        num_classes (`int`, *optional*): classes, None for an unconditional model.
+        like (`torch.Tensor`): gives batch size B and device.
+    """
+    if counts < 2:
+        return class_labels
+    if class_labels is None:
+        class_labels = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+    return class_labels + row * (num_classes or 1)
 
 
 def pipeline_source() -> str:

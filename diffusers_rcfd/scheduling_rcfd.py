@@ -3,7 +3,7 @@
 import math
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
@@ -64,6 +64,11 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
     The last step goes to index 0. Takes any config that `DDIMScheduler` can name (`RCFDScheduler.from_config`);
     of such a config, `timestep_spacing`, `steps_offset` and `set_alpha_to_one` are replaced by the grid above.
 
+    A student of SFD brings nodes of its own instead of the grid, one list for each number of network evaluations that
+    it was trained for. With an analytical first step (AFS), the step from the first node to the second takes the noise
+    itself for eps: that is a factor on the noise, `init_noise_sigma`, and no network evaluation. Steps are counted as
+    evaluations everywhere.
+
     Args:
         num_train_timesteps (`int`, defaults to 1025): entries n of the schedule, indices 0..n - 1.
         beta_start (`float`, defaults to 0.0001): first beta of `linear`, `scaled_linear` and `sigmoid`.
@@ -78,14 +83,16 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr (`bool`, defaults to `False`): move the schedule to zero terminal SNR; not possible
             with `epsilon`.
         num_inference_steps (`int`, *optional*): steps N that a student was distilled for, 1..n - 1; `None` for a
-            base model, which takes any number.
+            base model, which takes any number. With `nodes`, the default among their counts; `None` is the largest.
+        nodes (`list[list[int]]`, *optional*): for each number of evaluations, the indices that the sampler stands at,
+            falling, from where it starts to where it ends.
+        analytical_first_step (`bool`, defaults to `False`): the first step of `nodes` needs no network.
 
     Raises:
         ValueError: for a value outside those named above.
     """
 
     order = 1
-    init_noise_sigma = 1.0
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
 
     @register_to_config
@@ -101,6 +108,8 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         clip_sample_range: float = 1.0,
         rescale_betas_zero_snr: bool = False,
         num_inference_steps: int | None = None,
+        nodes: list[list[int]] | None = None,
+        analytical_first_step: bool = False,
     ):
         # A default left out of the config would be read as another scheduler's default by its `from_config`.
         self.register_to_config(_use_default_values=[])
@@ -143,12 +152,31 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = (1 - betas).cumprod(0)  # (n,), float64
         self.alpha = self.alphas_cumprod.sqrt()
         self.sigma = (1 - self.alphas_cumprod).sqrt()
+        self._nodes = self._check_nodes()
+        self.init_noise_sigma = 1.0  # deviation of the noise that the first evaluated step starts from
         self._device_tables = {}  # copies of (n, 2) and (N + 1, 2) tables where they were asked for
         self.set_timesteps()
 
+    def _check_nodes(self) -> dict[int, list[int]]:
+        """The lists of `nodes` by their numbers of network evaluations."""
+        n, free = self.config.num_train_timesteps, int(self.config.analytical_first_step)
+        for nodes in self.config.nodes or []:
+            falling = len(nodes) >= 2 + free and all(high > low for high, low in zip(nodes, nodes[1:], strict=False))
+            if not falling or not 0 <= nodes[-1] < nodes[0] < n:
+                raise ValueError(
+                    f"`nodes` must be lists of {2 + free} or more indices in 0..{n - 1} that fall, got {nodes!r}."
+                )
+        by_count = {len(nodes) - 1 - free: list(nodes) for nodes in self.config.nodes or []}
+        if len(by_count) != len(self.config.nodes or []):
+            raise ValueError(f"`nodes` must have a length of its own in each list, got {self.config.nodes!r}.")
+        if free and not by_count:
+            raise ValueError("`analytical_first_step` must be False without `nodes`, got True.")
+        return by_count
+
     @classmethod
     def from_config(cls, config, return_unused_kwargs=False, **kwargs):
-        """Build from any DDIM-like config; a stock config saved by `to_ddim` keeps its `num_inference_steps`."""
+        """Build from any DDIM-like config; one saved by `to_ddim` or `to_dpm_solver` keeps what only ours knows."""
+        config = config.get("_rcfd", config)
         # Stock configs list which values were their own defaults; ours differ, so every value is taken as it stands.
         config = {key: value for key, value in dict(config).items() if key != "_use_default_values"}
         if "_num_inference_steps" in config:
@@ -169,17 +197,10 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
                 f"Stock DDIMScheduler has no {N}-step grid from {n - 1} to 0: plain Diffusers will sample up to one "
                 f"index beside RCFDScheduler."
             )
-        named = self.config.beta_schedule != "sigmoid"  # which DDIMScheduler cannot name
         scheduler = DDIMScheduler(
-            num_train_timesteps=n,
-            beta_start=self.config.beta_start,
-            beta_end=self.config.beta_end,
-            beta_schedule=self.config.beta_schedule if named else "linear",
-            trained_betas=self.config.trained_betas if named else (1 - self._alpha_ratios()).tolist(),
-            prediction_type=self.config.prediction_type,
+            **self._stock_schedule(),
             clip_sample=self.config.clip_sample,
             clip_sample_range=self.config.clip_sample_range,
-            rescale_betas_zero_snr=self.config.rescale_betas_zero_snr,
             timestep_spacing="leading",
             steps_offset=n - 1 - (N - 1) * (n // N),
             set_alpha_to_one=False,
@@ -188,10 +209,48 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         scheduler.register_to_config(_num_inference_steps=self.config.num_inference_steps)
         return scheduler
 
+    def to_dpm_solver(self) -> DPMSolverMultistepScheduler:
+        """The stock scheduler that takes the same steps when it is given the nodes, for plain Diffusers.
+
+        First-order DPM-Solver++ is DDIM, and its thresholding at most 1 is the clip. `set_timesteps(timesteps=...)`
+        takes the evaluated indices of a list of `nodes`, and `init_noise_sigma` is to be set to ours. It ends at index
+        0; for nodes that end elsewhere this is logged.
+        """
+        if any(nodes[-1] for nodes in self._nodes.values()):
+            logger.warning("Stock DPMSolverMultistepScheduler ends at index 0, these `nodes` do not.")
+        scheduler = DPMSolverMultistepScheduler(
+            **self._stock_schedule(),
+            solver_order=1,
+            thresholding=self.config.clip_sample,
+            sample_max_value=self.config.clip_sample_range,
+            final_sigmas_type="sigma_min",
+        )
+        ours = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        scheduler.register_to_config(_rcfd=ours)
+        return scheduler
+
+    def _stock_schedule(self) -> dict:
+        """The schedule and the prediction type as stock schedulers name them, which cannot name `sigmoid`."""
+        named = self.config.beta_schedule != "sigmoid"
+        return {
+            "num_train_timesteps": self.config.num_train_timesteps,
+            "beta_start": self.config.beta_start,
+            "beta_end": self.config.beta_end,
+            "beta_schedule": self.config.beta_schedule if named else "linear",
+            "trained_betas": self.config.trained_betas if named else (1 - self._alpha_ratios()).tolist(),
+            "prediction_type": self.config.prediction_type,
+            "rescale_betas_zero_snr": self.config.rescale_betas_zero_snr,
+        }
+
     def _alpha_ratios(self) -> torch.Tensor:
         return torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
 
     # --- grid -------------------------------------------------------------------------------------------------
+
+    @property
+    def trained_steps(self) -> list[int]:
+        """The numbers of network evaluations that `nodes` are for, in their order; empty without `nodes`."""
+        return list(self._nodes)
 
     def grid(self, num_inference_steps: int) -> list[int]:
         """Indices t_k = round(k (n - 1) / N) of an N-step sampler, for k = 0..N, rising from 0 to n - 1.
@@ -209,12 +268,15 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps (`int`, *optional*): N; defaults to what the model was distilled for, else to n - 1.
-                A model distilled for N steps also takes the divisors of N.
+                A model distilled for N steps also takes the divisors of N, one with `nodes` only their counts.
             device (`torch.device`, *optional*): where `timesteps` is put.
 
         Raises:
             ValueError: for a step count outside 1..n - 1, or one that the model was not made for.
         """
+        if self._nodes:
+            self._stand_at(self._own_grid(num_inference_steps), device)
+            return
         made_for = self.config.num_inference_steps
         if num_inference_steps is None:
             num_inference_steps = self.config.num_train_timesteps - 1 if made_for is None else made_for
@@ -225,7 +287,26 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
                 f"`num_inference_steps` must be one of {allowed}: this model was distilled for {made_for} steps, "
                 f"got {num_inference_steps}."
             )
-        self.num_inference_steps = num_inference_steps
+        self._stand_at(grid, device)
+
+    def _own_grid(self, num_inference_steps: int | None) -> list[int]:
+        """The rising indices of `nodes` for a number of evaluations, the one of AFS left out."""
+        allowed, N = sorted(self._nodes), num_inference_steps
+        N = (self.config.num_inference_steps or allowed[-1]) if N is None else N
+        if N not in allowed or isinstance(N, bool):
+            raise ValueError(
+                f"`num_inference_steps` must be one of {allowed}: this model was trained for no other, got {N!r}."
+            )
+        nodes = self._nodes[N]
+        if self.config.analytical_first_step:
+            alpha, sigma = (table[nodes[:2]].tolist() for table in (self.alpha, self.sigma))
+            self.init_noise_sigma = alpha[0] * alpha[1] / (1 + sigma[0]) + sigma[1]
+            nodes = nodes[1:]
+        return nodes[::-1]
+
+    def _stand_at(self, grid: list[int], device: str | torch.device | None) -> None:
+        """Prepare the steps down a rising grid."""
+        self.num_inference_steps = len(grid) - 1
         self.timesteps = torch.tensor(grid[:0:-1], device=device)
         self._coefficients = {t: self._step_coefficients(t, s) for s, t in zip(grid, grid[1:], strict=False)}
         self._upcoming = iter(grid[:0:-1])

@@ -47,16 +47,16 @@ class Stage:
 
 
 class Trainer:
-    """Base of the trainers. A trainer gives `stages`, `draw` and `compute_loss`, and may extend `finish_stage`,
-    `sample_images` and `log_extra`; `train` does the rest.
+    """Base of the trainers. A trainer gives `stages`, `draw` and `compute_loss`, and may extend `losses`,
+    `finish_stage` and `sample_images`; `train` does the rest.
 
     Args:
         config (`TrainingConfig`): the options.
-        train_dataset (`torch.utils.data.Dataset`): items `{"images": uint8 or [-1, 1] float (C, H, W), "labels"}`,
-            such as `load_image_data` returns.
+        train_dataset (`torch.utils.data.Dataset`, *optional*): items `{"images": uint8 or [-1, 1] float (C, H, W),
+            "labels"}`, such as `load_image_data` returns; None where `draw` gives all that the loss needs.
     """
 
-    def __init__(self, config: TrainingConfig, train_dataset: Dataset):
+    def __init__(self, config: TrainingConfig, train_dataset: Dataset | None):
         self.config, self.train_dataset = config, train_dataset
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
@@ -74,7 +74,8 @@ class Trainer:
         self.ema = None
         self.repo_id = None
         together = config.train_batch_size * self.accelerator.num_processes
-        if not isinstance(train_dataset, IterableDataset) and len(train_dataset) < together:
+        counted = train_dataset is not None and not isinstance(train_dataset, IterableDataset)
+        if counted and len(train_dataset) < together:
             raise ValueError(
                 f"`train_batch_size` must be at most the {len(train_dataset)} images of the data set over the "
                 f"{self.accelerator.num_processes} process(es), got {config.train_batch_size}."
@@ -93,6 +94,14 @@ class Trainer:
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Named scalar terms of the loss, among them "loss", of `batch`: images (B, C, H, W), labels and draws."""
         raise NotImplementedError
+
+    def losses(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """The terms of `compute_loss`; several of them, where a batch gives one optimizer step after another."""
+        yield self.compute_loss(batch)
+
+    def num_losses(self, draws: dict[str, torch.Tensor]) -> int:
+        """How many of `losses` a batch gives, by its draws."""
+        return 1
 
     def finish_stage(self, stage: Stage) -> None:
         """Save the result of a stage; its model holds the final (averaged) weights."""
@@ -138,18 +147,18 @@ class Trainer:
         )
         sums = {name: torch.tensor(value, device=accelerator.device) for name, value in state.window.items()}
         while state.step < stage.max_train_steps:
-            for draws in self._draws(stage):
+            for turn in self._turns(stage, batches):
                 with accelerator.accumulate(self.model):
-                    terms = self.compute_loss(next(batches) | draws)
+                    terms = next(turn)
                     accelerator.backward(terms["loss"])
                     if accelerator.sync_gradients and config.max_grad_norm > 0:
                         terms["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
                     optimizer.step()
-                    lr_scheduler.step()
                     optimizer.zero_grad()
                 for name, term in terms.items():
                     term = term.detach().float() / (1 if name == "grad_norm" else config.gradient_accumulation_steps)
                     sums[name] = sums[name] + term if name in sums else term
+            lr_scheduler.step()
             if self.ema is not None:
                 self.ema.step(self._unwrapped().parameters())
             state.step += 1
@@ -174,7 +183,8 @@ class Trainer:
         parameters = [parameter for parameter in stage.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config, parameters)
         lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
-                                     num_training_steps=stage.max_train_steps)  # fmt: skip
+                                     num_training_steps=stage.max_train_steps,
+                                     step_rules=f"1:{stage.max_train_steps // 2},0.1")  # fmt: skip
         self.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
         self.ema = None
         if config.ema_decay:
@@ -189,7 +199,9 @@ class Trainer:
         return optimizer, lr_scheduler
 
     def _batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless batches of this process, from where the stage stands."""
+        """Endless batches of this process, from where the stage stands; empty ones without a data set."""
+        if self.train_dataset is None:
+            yield from itertools.repeat({})
         config, accelerator = self.config, self.accelerator
         first = self.state.step * config.gradient_accumulation_steps
         loader_options = {
@@ -237,6 +249,11 @@ class Trainer:
                     f"{self.config.train_batch_size}."
                 )
             mine[:] = epoch + 1, first
+
+    def _turns(self, stage: Stage, batches: Iterator[dict]) -> list[Iterator[dict[str, torch.Tensor]]]:
+        """The batches of one step as their `losses`, each as often as it is asked; accumulated ones take turns."""
+        draws = self._draws(stage)
+        return [self.losses(next(batches) | draw) for draw in draws] * self.num_losses(draws[0])
 
     def _draws(self, stage: Stage) -> list[dict[str, torch.Tensor]]:
         """The random numbers of one optimizer step: this process's share, one dictionary for each batch."""

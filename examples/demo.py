@@ -100,7 +100,7 @@ def sample(pipeline, steps: int, num_images: int, seed: int, class_label: int | 
     from diffusers_rcfd.image_sampling import generate_images
 
     if class_label != "balanced":
-        class_label = None if pipeline.unet.config.num_class_embeds is None else [class_label] * num_images
+        class_label = None if pipeline.num_classes is None else [class_label] * num_images
     start = time.perf_counter()
     batches = generate_images(
         pipeline, num_images, num_inference_steps=steps, seed=seed, class_labels=class_label, progress=False
@@ -138,7 +138,7 @@ def build_page(options: Demo):
     def show_classes(model, steps):
         """Offer the classes where the model has some; one that cannot be loaded is reported by the button."""
         try:
-            num_classes = load(model, steps, "model").unet.config.num_class_embeds
+            num_classes = load(model, steps, "model").num_classes
         except Exception:
             num_classes = None
         choices = [("Each in turn", "balanced"), *((str(i), i) for i in range(num_classes or 0))]

@@ -75,19 +75,14 @@ def run(job, data, base, classifier, evaluator, distillation):
 
     from diffusers_rcfd import (
         CFDDistillationTrainer,
-        ClassifierTrainer,
-        DiffusionTrainer,
-        Evaluator,
-        FeatureClassifier,
         RCFDPipeline,
         RCFDScheduler,
-        build_unet,
         load_feature_classifier,
         load_image_data,
     )
     from diffusers_rcfd.cfd_trainer import check_classifier_fits
     from diffusers_rcfd.checkpoints import check_output_dir
-    from diffusers_rcfd.comparison import Contender, compare, markdown_table, save_comparison, save_comparison_grid
+    from diffusers_rcfd.comparison import Contender
     from diffusers_rcfd.diffusion_trainer import check_images_fit
 
     accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
@@ -114,34 +109,16 @@ def run(job, data, base, classifier, evaluator, distillation):
     if images.num_classes is None and (judge is None or (guide is None and guided)):
         raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
 
-    shared = {name: getattr(distillation, name) for name in SHARED}
-
     def inside(config, folder, seed_offset=0):
-        """A part's own options with what all parts share, in a folder of its own."""
-        return replace(
-            config, **shared | {"output_dir": str(output_dir / folder), "seed": shared["seed"] + seed_offset}
-        )
+        return part_of(distillation, config, folder, seed_offset)
 
-    # 1. The base model.
+    # 1. The base model, 2. the classifier whose features are distilled, and another that only measures.
     if teacher is None:
-        torch.manual_seed(distillation.seed)
-        num_class_embeds = images.num_classes if job.class_conditional else None
-        unet = build_unet(job.unet_preset, dropout=job.dropout, num_class_embeds=num_class_embeds)
-        DiffusionTrainer(unet, scheduler, inside(base, "base"), images).train()
-        teacher = RCFDPipeline.from_pretrained(output_dir / "base")
-
-    # 2. The classifier whose features are distilled, and another that only measures.
-    def train_classifier(config, backbone, folder, seed_offset):
-        torch.manual_seed(distillation.seed + seed_offset)
-        network = FeatureClassifier(
-            backbone, num_classes=images.num_classes, in_channels=images.image_shape[0], small_stem=job.small_stem
-        )
-        return ClassifierTrainer(network, inside(config, folder, seed_offset), images).train()
-
+        teacher = train_base(job, images, inside(base, "base"))
     if guide is None and guided:
-        guide = train_classifier(classifier, job.backbone, "classifier", 1000)
+        guide = train_classifier(job, images, inside(classifier, "classifier", 1000), job.backbone)
     if judge is None:
-        judge = train_classifier(evaluator, job.evaluator_backbone, "evaluator", 2000)
+        judge = train_classifier(job, images, inside(evaluator, "evaluator", 2000), job.evaluator_backbone)
 
     # 3. The ladder, and by pd the rungs that the classifier guided.
     ladder = replace(inside(distillation, "students"), hub_model_id=distillation.hub_model_id or output_dir.name)
@@ -173,6 +150,51 @@ def run(job, data, base, classifier, evaluator, distillation):
         if rung.student_steps <= 8:
             student = RCFDPipeline.from_pretrained(folder)
             contenders.append(Contender(rung.objective.upper(), rung.student_steps, student))
+    judge_contenders(job, data, distillation, contenders, judge, images, accelerator)
+    if accelerator.is_main_process:
+        print(f"Everything is in {output_dir}: comparison.png, comparison.md, and pipelines for "
+              f"RCFDPipeline.from_pretrained, such as {students[rungs[-1]]}")  # fmt: skip
+    accelerator.end_training()
+
+
+def part_of(distillation, config, folder, seed_offset=0):
+    """A part's own options with what all parts of the job share, in a folder of its own."""
+    shared = {name: getattr(distillation, name) for name in SHARED}
+    folder, seed = str(Path(distillation.output_dir) / folder), distillation.seed + seed_offset
+    return replace(config, **shared | {"output_dir": folder, "seed": seed})
+
+
+def train_base(job, images, config):
+    """The base model, trained as a part of a job."""
+    import torch
+
+    from diffusers_rcfd import DiffusionTrainer, RCFDPipeline, RCFDScheduler, build_unet
+
+    torch.manual_seed(config.seed)
+    num_class_embeds = images.num_classes if job.class_conditional else None
+    unet = build_unet(job.unet_preset, dropout=job.dropout, num_class_embeds=num_class_embeds)
+    DiffusionTrainer(unet, RCFDScheduler(), config, images).train()
+    return RCFDPipeline.from_pretrained(config.output_dir)
+
+
+def train_classifier(job, images, config, backbone):
+    """A classifier, trained as a part of a job."""
+    import torch
+
+    from diffusers_rcfd import ClassifierTrainer, FeatureClassifier
+
+    torch.manual_seed(config.seed)
+    network = FeatureClassifier(
+        backbone, num_classes=images.num_classes, in_channels=images.image_shape[0], small_stem=job.small_stem
+    )
+    return ClassifierTrainer(network, config, images).train()
+
+
+def judge_contenders(job, data, distillation, contenders, judge, images, accelerator):
+    """Measure all on the same noise; the table is printed and saved with a picture."""
+    from diffusers_rcfd import Evaluator
+    from diffusers_rcfd.comparison import compare, markdown_table, save_comparison, save_comparison_grid
+
     for contender in contenders:
         contender.pipeline.to(accelerator.device)
     measure = Evaluator(
@@ -185,12 +207,10 @@ def run(job, data, base, classifier, evaluator, distillation):
     )
     rows = compare(contenders, measure, job.num_eval_images, seed=distillation.seed)
     if accelerator.is_main_process:
+        output_dir = Path(distillation.output_dir)
         save_comparison(rows, output_dir)
         save_comparison_grid(contenders, output_dir / "comparison.png", seed=distillation.seed)
         print(f"\n{markdown_table(rows)}\n")
-        print(f"Everything is in {output_dir}: comparison.png, comparison.md, and pipelines for "
-              f"RCFDPipeline.from_pretrained, such as {students[rungs[-1]]}")  # fmt: skip
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

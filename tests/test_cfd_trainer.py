@@ -211,6 +211,8 @@ def test_ablations_are_arguments(tmp_path, digits, classifier):
     assert alone["loss"] == pytest.approx(0.1 * full["diversity"])
     assert terms(objective=["cfd"])["loss"] == pytest.approx(full["cfd"])
     predictions = terms(distribution="predictions")["cfd"]
+    spatial = [terms(distribution="spatial", spatial_loss=loss, feature_stages=[1, -1]) for loss in ("l1", "kl")]
+    assert spatial[0]["entropy"] == pytest.approx(full["entropy"]) and spatial[0]["cfd"] != spatial[1]["cfd"] > 0
     dual = terms(dual_temperature=True)["cfd"]
     assert len({round(value, 6) for value in (full["cfd"], predictions, dual)}) == 3
     assert terms(dual_temperature=True, temperature=[3.0])["cfd"] > 0

@@ -259,7 +259,10 @@ def test_class_conditional_models_get_balanced_or_given_labels():
     ],
 )
 def test_generate_images_rejects_bad_arguments(options, words):
-    options = {"pipeline": SimpleNamespace(image_shape=SHAPE, unet=tiny_unet()), "num_images": 4} | options
+    options = {
+        "pipeline": SimpleNamespace(image_shape=SHAPE, unet=tiny_unet(), num_classes=None),
+        "num_images": 4,
+    } | options
     with pytest.raises(ValueError, match=words):
         generate_images(**options)
 

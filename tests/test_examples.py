@@ -45,7 +45,7 @@ def test_help_imports_no_torch(script):
     probe = f"""
 import atexit, runpy, sys
 atexit.register(lambda: print('torch' in sys.modules, 'diffusers' in sys.modules))
-sys.argv = [{script!r}, '--help']
+sys.argv, sys.path[0] = [{script!r}, '--help'], {str(EXAMPLES)!r}
 runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')
 """
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
@@ -178,3 +178,35 @@ def test_recipes_of_the_main_job_hold_only_known_options(recipe, monkeypatch):
     assert rungs[-4].student_steps == 8 and rungs[-4].objective == "pd"
     written = yaml.safe_load(recipe.read_text())
     assert job.unet_preset == written["unet_preset"] and distillation.output_dir == f"runs/{recipe.stem}"
+
+
+SFD_RECIPES = sorted(EXAMPLES.glob("configs/distill_sfd/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", SFD_RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_sfd_hold_only_known_options(recipe, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("distill_sfd")
+    job, *_, distillation = parse_options(*script.GROUPS, args=["--config", str(recipe)])
+    written = yaml.safe_load(recipe.read_text())
+    assert job.unet_preset == written["unet_preset"] and distillation.output_dir == f"runs/{recipe.stem}"
+    assert distillation.student_steps == written["student_steps"]
+
+
+def test_sfd_job_with_a_comparison(tmp_path):
+    """SFD-v with the feature loss on a given teacher and classifiers, beside another student, and then once more."""
+    tiny_teacher().save_pretrained(tmp_path / "teacher")
+    tiny_teacher(2).save_pretrained(tmp_path / "students/2-step")
+    tiny_classifier().save_pretrained(tmp_path / "classifier")
+    small = ["--teacher", tmp_path / "teacher", "--classifier", tmp_path / "classifier", "--evaluator",
+             tmp_path / "classifier", "--compare_with", tmp_path / "students/2-step", "--student_steps", 1, 2,
+             "--objective", "cfd", "--max_train_steps", 2, "--train_batch_size", 4, "--sample_steps", 0,
+             "--num_eval_images", 32, "--cpu_threads", 1, "--output_dir", tmp_path / "run"]  # fmt: skip
+    run("distill_sfd.py", *small)
+    rows = json.loads((tmp_path / "run/comparison.json").read_text())
+    assert [(row["method"], row["num_inference_steps"]) for row in rows] == [
+        ("DDIM", 2), ("DDIM", 1), ("students", 2), ("SFD-v cfd", 2), ("SFD-v cfd", 1)
+    ]  # fmt: skip
+    assert RCFDPipeline.from_pretrained(tmp_path / "run/student").scheduler.trained_steps == [1, 2]
+    refused = run("distill_sfd.py", *small, expect=1)
+    assert "`output_dir` must be an empty folder" in refused.stderr

@@ -531,3 +531,31 @@ def test_images_of_a_wrong_shape(channels, shape, message):
 def test_images_of_a_wrong_type(images, message):
     with pytest.raises(TypeError, match=message):
         small_resnet()(images)
+
+
+@pytest.mark.parametrize(
+    "backbone, config, channels",
+    [("resnet18", SMALL_RESNET, [64, 8, 8, 16, 16]), ("vit_tiny_patch16_224", SMALL_VIT, [16])],
+)
+def test_spatial_features_are_the_stages_of_timm(backbone, config, channels):
+    model = FeatureClassifier(backbone, backbone_config=config, num_classes=5, image_size=16).freeze()
+    images = images_of(size=16).requires_grad_()
+    maps = model.spatial_features(images)
+    channels = channels[-len(maps) :]
+    assert [m.shape[1] for m in maps] == channels and all(m.ndim == 4 and len(m) == 2 for m in maps)
+    (last,) = model.spatial_features(images, [-1])
+    torch.testing.assert_close(last, maps[-1])
+    if backbone == "resnet18":
+        torch.testing.assert_close(last.mean((2, 3)), model(images).features)
+    sum(m.square().sum() for m in maps).backward()
+    assert images.grad.abs().max() > 0
+    with pytest.raises(ValueError, match=r"`stages` must be in -\d..\d for this backbone, got 9"):
+        model.spatial_features(images, [9])
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_spatial_features_of_transformers(name, checkpoints):
+    model = load_feature_classifier(str(checkpoints[name]))
+    maps = model.spatial_features(images_of(size=16))
+    assert len(maps) > 1 and all(m.ndim == 4 and len(m) == 2 for m in maps)
+    assert maps[-1].shape[1] == {"resnet": 12, "vit": 16}[name]

@@ -119,3 +119,15 @@ def _alpha_sigma():
 def test_unknown_weighting():
     with pytest.raises(ValueError, match="`weighting` must be 'both', 'x' or 'eps', got 'snr'"):
         losses.x0_weight(torch.ones(1), torch.ones(1), "snr")
+
+
+def test_closed_form_spatial_losses():
+    """Two positions, two channels: one position agrees in direction, the other is turned by a right angle."""
+    student = torch.tensor([[3.0, 0.0], [0.0, 5.0]]).view(1, 2, 1, 2)
+    teacher = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).view(1, 2, 1, 2)
+    assert losses.spatial_l1(student, teacher).item() == pytest.approx((0 + 2) / 2)
+    kl = [losses.feature_kl(student[..., i].flatten(1), teacher[..., i].flatten(1), 0.5) for i in range(2)]
+    torch.testing.assert_close(losses.spatial_kl(student, teacher, 0.5), (kl[0] + kl[1]) / 2)
+    scale = torch.rand(3, 1, 4, 4) + 0.5
+    maps = torch.randn(3, 7, 4, 4)
+    torch.testing.assert_close(losses.spatial_l1(scale * maps, maps), torch.zeros(3), rtol=0, atol=1e-5)

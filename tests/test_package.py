@@ -23,10 +23,12 @@ ALLOWED_IMPORTS = {
     "losses": set(),
     "pipeline_rcfd": {"scheduling_rcfd"},
     "scheduling_rcfd": set(),
+    "sfd_config": {"configs"},
     "targets": {"scheduling_rcfd"},
+    "trajectories": set(),
     "unet_presets": set(),
 }
-TRAINERS = {"training", "diffusion_trainer", "classifier_trainer", "cfd_trainer"}
+TRAINERS = {"training", "diffusion_trainer", "classifier_trainer", "cfd_trainer", "sfd_trainer"}
 
 # Distributions whose import name is not their own name.
 DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml"}
@@ -77,7 +79,7 @@ def declared_requirements() -> set[str]:
     raise AssertionError("setup.py has no INSTALL_REQUIRES")
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.configs"])
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.configs", f"{PACKAGE}.sfd_config"])
 def test_import_loads_no_heavy_library(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'diffusers', 'transformers', 'timm'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -6,7 +6,13 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
 from tests.toys import tiny_unet
@@ -200,3 +206,50 @@ def test_any_ddim_like_scheduler_becomes_ours():
     assert isinstance(pipe.scheduler, RCFDScheduler)
     assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.scheduler.grid(3) == [0, 333, 666, 999]
     pipe(num_inference_steps=3)
+
+
+@pytest.mark.parametrize("clip_sample", [True, False])
+@pytest.mark.parametrize("afs", [True, False])
+@pytest.mark.parametrize("lists, embeddings", [(1, None), (1, 3), (2, 2), (2, 6)])
+def test_student_of_sfd_loads_three_ways_with_equal_images(lists, embeddings, afs, clip_sample, tmp_path):
+    """Nodes, analytical first step and step counts (SFD-v), with and without classes, in plain Diffusers too."""
+    torch.manual_seed(0)
+    nodes = [[1016, 964, 379, 0], [1016, 990, 700, 379, 0]][:lists]
+    scheduler = RCFDScheduler(nodes=nodes, analytical_first_step=afs, clip_sample=clip_sample)
+    pipe = quiet(RCFDPipeline(tiny_unet(num_class_embeds=embeddings), scheduler))
+    assert pipe.num_classes == {None: None, 2: None}.get(embeddings, 3)
+    pipe.save_pretrained(tmp_path)
+    ours = quiet(RCFDPipeline.from_pretrained(tmp_path))
+    custom = quiet(DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True))
+    stock = quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(stock) is ConsistencyModelPipeline
+    for N in pipe.scheduler.trained_steps:
+        options = {
+            "num_inference_steps": N,
+            "output_type": "np",
+            "class_labels": None if pipe.num_classes is None else 0,
+        }
+        expected = pipe(2, generator=seeded(), **options).images
+        for other in (ours, custom):
+            np.testing.assert_allclose(other(2, generator=seeded(), **options).images, expected, atol=1e-6)
+        call = pipe.stock_call(N)
+        stock.scheduler.init_noise_sigma = call.pop("init_noise_sigma")
+        assert len(call["timesteps"]) == N
+        call["class_labels"] = call["class_labels"] and call["class_labels"] * 2
+        images = stock(2, num_inference_steps=None, generator=seeded(), output_type="np", **call).images
+        np.testing.assert_allclose(images, expected, atol=1e-4)
+
+
+def test_network_calls_with_an_analytical_first_step():
+    pipe = quiet(RCFDPipeline(tiny_unet(), RCFDScheduler(nodes=[[1016, 964, 379, 0]], analytical_first_step=True)))
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(int(args[1])))
+    pipe()
+    assert calls == [964, 379]
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be one of \[2\]"):
+        pipe(num_inference_steps=3)
+
+
+def test_scheduler_of_another_process_is_refused():
+    with pytest.raises(ValueError, match="`scheduler` must have a schedule .* got FlowMatchEulerDiscreteScheduler"):
+        RCFDPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler())

@@ -211,3 +211,66 @@ def test_bad_step_counts():
         RCFDScheduler().set_timesteps(0)
     with pytest.raises(ValueError, match=r"`timestep` must be one of \[512, 1024\], got 500"):
         student.step(torch.zeros(1, 1, 2, 2), 500, torch.zeros(1, 1, 2, 2))
+
+
+NODES = [[1016, 964, 379, 0], [1016, 990, 700, 379, 0]]
+
+
+def test_nodes_are_counted_as_network_evaluations():
+    scheduler = RCFDScheduler(nodes=NODES)
+    assert scheduler.trained_steps == [3, 4] and scheduler.timesteps.tolist() == NODES[1][:-1]  # the most by default
+    scheduler.set_timesteps(3)
+    assert scheduler.timesteps.tolist() == [1016, 964, 379] and scheduler.init_noise_sigma == 1
+    with_afs = RCFDScheduler(nodes=NODES, analytical_first_step=True, num_inference_steps=2)
+    assert with_afs.trained_steps == [2, 3] and with_afs.timesteps.tolist() == [964, 379]
+    for wrong in (1, 4, 0, True):
+        with pytest.raises(ValueError, match=rf"`num_inference_steps` must be one of \[2, 3\].* got {wrong}"):
+            with_afs.set_timesteps(wrong)
+
+
+def test_closed_form_analytical_first_step_scales_the_noise():
+    """The DDIM step with eps = z, which changes with the second node."""
+    scheduler = RCFDScheduler(nodes=NODES, analytical_first_step=True)
+    z = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    for N, k in ((2, 964), (3, 990)):
+        scheduler.set_timesteps(N)
+        (a, a_k), (s, s_k) = scheduler.alpha[[1016, k]], scheduler.sigma[[1016, k]]
+        torch.testing.assert_close(scheduler.init_noise_sigma * z, a_k * (z - s * z) / a + s_k * z, rtol=1e-9, atol=0)
+
+
+def test_steps_between_nodes_are_ddim_steps():
+    scheduler = RCFDScheduler(nodes=NODES, clip_sample=False)
+    scheduler.set_timesteps(3)
+    z, x0 = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
+    for t, s in ((1016, 964), (964, 379), (379, 0)):
+        eps = (z - scheduler.alpha[t] * x0) / scheduler.sigma[t]
+        z = scheduler.step(x0, t, z).prev_sample
+        torch.testing.assert_close(z, scheduler.alpha[s] * x0 + scheduler.sigma[s] * eps)
+
+
+def test_nodes_survive_the_stock_config(tmp_path):
+    scheduler = RCFDScheduler(nodes=NODES, analytical_first_step=True, num_inference_steps=2, clip_sample=False)
+    stock = scheduler.to_dpm_solver()
+    stock.save_pretrained(tmp_path)
+    again = RCFDScheduler.from_config(type(stock).from_pretrained(tmp_path).config)
+    for name in ("nodes", "analytical_first_step", "num_inference_steps", "clip_sample", "prediction_type"):
+        assert again.config[name] == scheduler.config[name]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"nodes": [[1016, 379, 964, 0]]}, r"`nodes` must be .* in 0\.\.1024 that fall, got \[1016, 379, 964, 0\]"),
+        ({"nodes": [[1016, 1016, 0]]}, "that fall"),
+        ({"nodes": [[1025, 0]]}, "that fall"),
+        ({"nodes": [[1016, -1]]}, "that fall"),
+        ({"nodes": [[1016]]}, "lists of 2 or more indices"),
+        ({"nodes": [[1016, 0]], "analytical_first_step": True}, "lists of 3 or more indices"),
+        ({"nodes": [[1016, 0], [900, 0]]}, "`nodes` must have a length of its own in each list"),
+        ({"analytical_first_step": True}, "`analytical_first_step` must be False without `nodes`"),
+        ({"nodes": NODES, "num_inference_steps": 8}, r"`num_inference_steps` must be one of \[3, 4\].* got 8"),
+    ],
+)
+def test_bad_nodes(options, message):
+    with pytest.raises(ValueError, match=message):
+        RCFDScheduler(**options)

@@ -1,0 +1,98 @@
+"""The options of SFD, checked where they enter. Free of torch, as `configs`."""
+
+import math
+from dataclasses import dataclass
+
+from diffusers_rcfd.configs import LR_SCHEDULERS, FeatureLossConfig, option, require, require_count
+
+SFD_OBJECTIVES = ("l1", "cfd", "rcfd")
+TEACHER_SOLVERS = ("dpm-solver++", "euler", "heun")
+
+
+@dataclass
+class SFDDistillationConfig(FeatureLossConfig):
+    """Simple and Fast Distillation, with the paper's CIFAR-10 settings as defaults (Zhou et al. 2024)."""
+
+    student_steps: list[int] = option(
+        [2], "Network evaluations of the student; several make one model that samples in each of them (SFD-v)."
+    )
+    teacher_steps: int = option(4, "Teacher steps K for each step of the student.")
+    teacher_solver: str = option(
+        "dpm-solver++", f"One of {TEACHER_SOLVERS}; euler is DDIM, heun takes two evaluations a step."
+    )
+    solver_order: int = option(3, "Order of dpm-solver++, 1 to 3; lower in the first steps and the last.")
+    dynamic_thresholding: bool = option(True, "dpm-solver++: squeeze each denoised image by its 0.995 quantile.")
+    analytical_first_step: bool = option(
+        True, "The student's first step is taken without the network (AFS): one node more for as many evaluations."
+    )
+    sigma_max: float = option(80.0, "Noise level sigma / alpha of the first node.")
+    sigma_min: float = option(0.006, "Noise level of the last node, above 0 and below `sigma_max`.")
+    rho: float = option(7.0, "How much denser the nodes lie at low noise; they are even in sigma^(1/rho).")
+    nodes: list[float] | None = option(
+        None, "The student's noise levels themselves, falling, in place of sigma_max, sigma_min and student_steps."
+    )
+    objective: str = option(
+        "l1",
+        "'l1' between the states at the next node (SFD); 'cfd' (Eq. 4) or 'rcfd' (Eq. 7) between the denoised images "
+        "of student and teacher that lead there.",
+    )
+    l1_weight: float = option(0.0, "cfd, rcfd: weight of the l1 added to them.")
+    temperature: float = option(1.0, "cfd, rcfd: tau in (0, 1], sharpens the teacher's features.")
+    regularization_weight: float = option(0.003, "rcfd: beta, weight of entropy and diversity.")
+    entropy_ratio: float = option(0.75, "rcfd: gamma in [0, 1], entropy's share of that weight.")
+    perceptual_weight: float = option(
+        1.0,
+        "l1, second stage (the teacher is a student of SFD): weight at the last node of LPIPS where it is given, else "
+        "of the classifier's spatial features, as beside a mean l1; 0 for none.",
+    )
+    max_train_steps: int = option(
+        1563, "Batches of trajectories, each with an optimizer step at every evaluated node; the paper's 200 000."
+    )
+    learning_rate: float = option(5e-5, "Peak learning rate.")
+    lr_scheduler: str = option(
+        "piecewise_constant",
+        f"Learning-rate schedule of Diffusers: one of {LR_SCHEDULERS}; piecewise_constant is a tenth from half-way.",
+    )
+    max_grad_norm: float = option(0.0, "Gradients are clipped to this norm; 0 does not clip.")
+
+    def __post_init__(self):
+        if not isinstance(self.student_steps, (list, tuple)):
+            self.student_steps = [self.student_steps]
+        super().__post_init__()
+        steps = self.student_steps = list(self.student_steps)
+        require(len(steps) > 0 and len(set(steps)) == len(steps), "student_steps", steps, "one or more, all different")
+        for N in steps:
+            require_count("student_steps", N, 1)
+        require_count("teacher_steps", self.teacher_steps, 1)
+        require(
+            self.teacher_solver in TEACHER_SOLVERS, "teacher_solver", self.teacher_solver, f"one of {TEACHER_SOLVERS}"
+        )
+        require(self.solver_order in (1, 2, 3), "solver_order", self.solver_order, "1, 2 or 3")
+        require(self.objective in SFD_OBJECTIVES, "objective", self.objective, f"one of {SFD_OBJECTIVES}")
+        for name in ("sigma_max", "sigma_min", "rho"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, name, value, "above 0 and finite")
+        require(self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, f"below sigma_max={self.sigma_max}")
+        for name in ("l1_weight", "regularization_weight", "perceptual_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "a number of at least 0")
+        require(0 <= self.entropy_ratio <= 1, "entropy_ratio", self.entropy_ratio, "in [0, 1]")
+        self.check_temperature(self.temperature)
+        if self.objective == "l1":
+            require(self.l1_weight == 0, "l1_weight", self.l1_weight, "0 for objective 'l1', which is nothing else")
+        elif self.l1_weight == self.cfd_weight == 0 and (self.objective == "cfd" or self.regularization_weight == 0):
+            require(False, "cfd_weight", 0, "above 0 where no other loss is left")
+        if self.nodes is not None:
+            self._take_nodes()
+
+    def _take_nodes(self) -> None:
+        """Check `nodes` and set the step count that follows from them."""
+        nodes, least = self.nodes, 2 + self.analytical_first_step
+        falling = all(high > low for high, low in zip(nodes, nodes[1:], strict=False))
+        require(len(nodes) >= least and falling and nodes[-1] > 0, "nodes", nodes, f"{least} or more falling levels")
+        require(len(self.student_steps) == 1, "student_steps", self.student_steps, "one number with `nodes`")
+        self.student_steps = [len(nodes) - least + 1]
+
+    def num_nodes(self, student_steps: int) -> int:
+        """Nodes N of a student of so many evaluations: one more, and another one for the analytical first step."""
+        return student_steps + 1 + self.analytical_first_step

@@ -1,0 +1,327 @@
+"""Simple and Fast Distillation: a student trained down its own trajectory, one optimizer step at each node."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from torchvision.utils import save_image
+
+from diffusers_rcfd.cfd_trainer import without_dropout
+from diffusers_rcfd.configs import require
+from diffusers_rcfd.diffusion_trainer import sample_grid
+from diffusers_rcfd.feature_classifier import FeatureClassifier
+from diffusers_rcfd.feature_terms import feature_terms, spatial_distance
+from diffusers_rcfd.model_card import RunDescription, write_model_card
+from diffusers_rcfd.pipeline_rcfd import RCFDPipeline, embedding_rows
+from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
+from diffusers_rcfd.sfd_config import SFDDistillationConfig
+from diffusers_rcfd.training import Stage, Trainer
+from diffusers_rcfd.trajectories import (
+    analytical_first_step,
+    euler_step,
+    nearest_indices,
+    one_step_target,
+    rho_nodes,
+    solve,
+    subdivide,
+)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The nodes of one step count: falling indices of the student, and the teacher's, which contain them."""
+
+    student: list[int]
+    teacher: list[int]
+
+
+class SFDDistillationTrainer(Trainer):
+    """Distils a teacher into a few evaluations along the student's own trajectory (SFD), without images.
+
+    A step of the loop is a batch of noise: the teacher takes it down to the last node once, the student node by node,
+    with an optimizer step at each and the weights so moved at the next. A checkpoint therefore lies between
+    trajectories. The student is an `RCFDPipeline` whose scheduler holds its nodes; it does not clip, as in training.
+    Metrics are sums over the nodes of a trajectory. A batch costs K (N - 1) forward passes of the teacher and, for
+    each evaluation of the student, a forward and a backward pass.
+
+    A teacher that is itself a student of SFD starts the second stage: it samples in its own nodes, by Euler steps,
+    and the student's nodes must be among them; `teacher_steps` and the solver are then not used.
+
+    Args:
+        teacher (`RCFDPipeline`): a base model, or any pipeline of a `UNet2DModel` and a DDIM-like scheduler; or a
+            student of SFD.
+        classifier (`FeatureClassifier`, *optional*): frozen; for the objectives cfd and rcfd, and for the second stage
+            without LPIPS.
+        config (`SFDDistillationConfig`): the options; defaults are the paper's.
+        lpips (`Callable`, *optional*): LPIPS with its weights, (images, images) in [-1, 1] -> (B,) or (B, 1, 1, 1),
+            such as `lpips.LPIPS` of the package of that name; called with three channels.
+
+    Raises:
+        ValueError: if nodes, teacher and classifier do not fit.
+    """
+
+    def __init__(
+        self,
+        teacher: RCFDPipeline,
+        classifier: FeatureClassifier | None = None,
+        config: SFDDistillationConfig | None = None,
+        lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ):
+        config = config or SFDDistillationConfig()
+        super().__init__(config, None)
+        if not isinstance(teacher, RCFDPipeline):
+            teacher = RCFDPipeline(teacher.unet, teacher.scheduler)
+        self.teacher, self.classifier, self.lpips = teacher, classifier, lpips
+        self.second_stage = bool(teacher.scheduler.config.nodes)
+        self.nu = teacher.scheduler.sigma / teacher.scheduler.alpha  # (n,), float64
+        self.routes = [self._route(N) for N in config.student_steps]
+        self.num_classes = teacher.num_classes
+        self._check_losses()
+        self.scheduler = RCFDScheduler.from_config(
+            dict(teacher.scheduler.config)
+            | {
+                "nodes": [route.student for route in self.routes],
+                "analytical_first_step": config.analytical_first_step,
+                "num_inference_steps": max(config.student_steps),
+                "clip_sample": False,
+            }
+        )
+        self.teacher_name = teacher.config.get("_name_or_path")
+
+    def _route(self, student_steps: int) -> Route:
+        """Nodes of student and teacher for a number of evaluations, on the teacher's schedule.
+
+        Raises:
+            ValueError: if the schedule is too coarse or too short for the student's nodes, or they are none of a
+                teacher that has its own.
+        """
+        config, N = self.config, self.config.num_nodes(student_steps)
+        if config.nodes is None:
+            levels = rho_nodes(N, config.sigma_max, config.sigma_min, config.rho)
+        else:
+            levels = torch.tensor(config.nodes, dtype=torch.float64)
+        student = nearest_indices(self.nu, levels)
+        require(
+            all(high > low for high, low in pairwise(student)),
+            "teacher",
+            student,
+            f"of a schedule that tells the nodes {[round(s, 4) for s in levels.tolist()]} apart",
+        )
+        if self.second_stage:
+            teacher = self.teacher.scheduler.config.nodes[self._teacher_row()]
+            lacking = sorted(set(student) - set(teacher)) or student[0] != teacher[0] or student[-1] != teacher[-1]
+            require(not lacking, "student_steps", student_steps, f"such that its nodes {student} are among {teacher}")
+            return Route(student, list(teacher))
+        fine = nearest_indices(self.nu, subdivide(levels, config.teacher_steps, config.rho))
+        return Route(student, sorted(set(fine), reverse=True))  # nodes that fall on one index are one
+
+    def _teacher_row(self) -> int:
+        """Which of its step counts a student of SFD teaches with: its default one."""
+        scheduler = self.teacher.scheduler
+        counts = scheduler.trained_steps
+        return counts.index(scheduler.config.num_inference_steps or max(counts))
+
+    def _check_losses(self) -> None:
+        config, channels = self.config, self.teacher.image_shape[0]
+        perceptual = self.second_stage and config.objective == "l1" and config.perceptual_weight > 0
+        if self.classifier is None:
+            need = f"objective {config.objective!r}" if config.objective != "l1" else "the second stage without LPIPS"
+            missing = config.objective != "l1" or (perceptual and self.lpips is None)
+            require(not missing, "classifier", None, f"given for {need} (or `perceptual_weight` 0)")
+            return
+        wanted, num_classes = self.classifier.config.in_channels, self.classifier.config.num_classes
+        require(channels in (1, wanted), "classifier", f"one for {wanted}", f"for images of {channels} channel(s)")
+        predicts = config.objective == "rcfd" and config.regularization_weight > 0
+        require(not predicts or num_classes > 1, "classifier", num_classes, "of 2 or more classes for rcfd")
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def stages(self, first: int) -> Iterator[Stage]:
+        """The student is the only stage."""
+        if first:
+            self.teacher = RCFDPipeline.from_pretrained(str(self.output_dir))
+            return
+        teacher = self.teacher.unet.to(self.accelerator.device).eval().requires_grad_(False)
+        for part in (self.classifier, self.lpips):
+            if isinstance(part, torch.nn.Module):
+                part.to(self.accelerator.device).eval().requires_grad_(False)
+        student = copy.deepcopy(teacher)
+        if self.second_stage:
+            student = for_one_count(student, self._teacher_row(), len(self.teacher.scheduler.trained_steps))
+        if len(self.routes) > 1:
+            student = for_counts(student, len(self.routes))
+        without_dropout(student).requires_grad_(True)
+        if self.config.mixed_precision != "fp16":  # whose loss scaling has to see what overflows
+            for parameter in student.parameters():
+                parameter.register_hook(lambda gradient: gradient.nan_to_num(nan=0.0, posinf=1e5, neginf=-1e5))
+        yield Stage("student", 0, student, self.config.max_train_steps)
+        self.teacher = RCFDPipeline(self.model, self.scheduler)
+
+    def train(self) -> RCFDPipeline:
+        """Train, save to `output_dir` and return the student."""
+        super().train()
+        return self.teacher
+
+    def finish_stage(self, stage: Stage) -> None:
+        """Save the student."""
+        RCFDPipeline(stage.model, self.scheduler).save_pretrained(self.output_dir)
+
+    def sample_images(self, stage: Stage) -> torch.Tensor:
+        """The student's samples in its default number of evaluations, from noise that is the same at every call."""
+        return sample_grid(RCFDPipeline(self._unwrapped(), self.scheduler), self.config)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Noise, the route of all (uniform, SFD-v), and classes (uniform) for a class-conditional teacher."""
+        shape, device = (batch_size, *self.teacher.image_shape), generator.device
+        draws = {
+            "noise": torch.randn(shape, generator=generator, device=device),
+            "route": torch.randint(len(self.routes), (1,), generator=generator, device=device).expand(batch_size),
+        }
+        if self.num_classes is not None:
+            draws["labels"] = torch.randint(self.num_classes, (batch_size,), generator=generator, device=device)
+        return draws
+
+    def num_losses(self, draws: dict[str, torch.Tensor]) -> int:
+        """Network evaluations of the drawn route, each of which has a loss."""
+        return self.config.student_steps[int(draws["route"][0])]
+
+    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The sums of `losses` over a trajectory of the weights as they are.
+
+        Args:
+            batch (`dict`): "noise" (B, C, H, W), "route" (B,) all equal, "labels" (B,) where there are classes.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        for terms in self.losses(batch):
+            sums = {name: sums.get(name, 0) + terms.get(name, 0) for name in {**sums, **terms}}
+        return sums
+
+    def losses(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """The terms at each evaluated node, the student moving on by the weights that it had there (SFD, Alg. 1)."""
+        row = int(batch["route"][0])
+        route, labels = self.routes[row], batch.get("labels")
+        x = batch["noise"] / self.scheduler.alpha[route.student[0]].item()
+        targets = self.teacher_states(x, route, labels)
+        labels = embedding_rows(labels, row, len(self.routes), self.num_classes, x)
+        for i, ((k, k_next), target) in enumerate(zip(pairwise(route.student), targets, strict=True)):
+            s, s_next = self.nu[k].item(), self.nu[k_next].item()
+            if i == 0 and self.config.analytical_first_step:
+                x = analytical_first_step(x, s, s_next)
+                continue
+            x0 = self._denoise(self.model, x, k, labels)
+            x_next = euler_step(x, x0, s, s_next)
+            last = i == len(targets) - 1
+            yield self._terms_at_node(x0, one_step_target(x, target, s, s_next), x_next, target, last)
+            x = x_next.detach()
+
+    @torch.no_grad()
+    def teacher_states(self, x: torch.Tensor, route: Route, labels: torch.Tensor | None) -> list[torch.Tensor]:
+        """The teacher's states at the student's nodes after the first, (B, C, H, W) each, from x at the first."""
+        config, counts = self.config, len(self.teacher.scheduler.trained_steps)
+        if self.second_stage:
+            labels = embedding_rows(labels, self._teacher_row(), counts, self.num_classes, x)
+            solver = {"solver": "euler", "analytical_first": self.teacher.scheduler.config.analytical_first_step}
+        else:
+            solver = {"solver": config.teacher_solver, "order": config.solver_order,
+                      "thresholding": config.dynamic_thresholding}  # fmt: skip
+        states = solve(
+            lambda x, i: self._denoise(self.teacher.unet, x, route.teacher[i], labels),
+            x,
+            self.nu[route.teacher].tolist(),
+            **solver,
+        )
+        return [state for k, state in zip(route.teacher, states, strict=True) if k in route.student[1:]]
+
+    def _denoise(self, network, x: torch.Tensor, k: int, labels: torch.Tensor | None) -> torch.Tensor:
+        """x0 of a variance-preserving network at x = z / alpha and index k."""
+        z, t = self.scheduler.alpha[k].item() * x, torch.full((len(x),), k, device=x.device)
+        with self.accelerator.autocast():
+            prediction = network(z, t, labels).sample
+        return self.scheduler.predict_x0(prediction.float(), z, t)
+
+    def _terms_at_node(self, x0, x0_target, x_next, target, last: bool) -> dict[str, torch.Tensor]:
+        """The named terms of the objective, from the student's denoised image and state and those of the teacher."""
+        config = self.config
+        l1 = (x_next - target).abs().flatten(1).sum(1).mean()
+        if config.objective != "l1":
+            regularization = (config.regularization_weight, config.entropy_ratio)
+            with self.accelerator.autocast():
+                terms = feature_terms(self.classifier, x0, x0_target, config, config.temperature,
+                                      regularization if config.objective == "rcfd" else None)  # fmt: skip
+            return terms | {"loss": terms["loss"] + config.l1_weight * l1, "l1": l1}
+        if not (self.second_stage and last and config.perceptual_weight):
+            return {"loss": l1, "l1": l1}
+        with self.accelerator.autocast():
+            if self.lpips is not None:
+                perceptual = self.lpips(*(image.expand(-1, 3, -1, -1) for image in (x_next, target))).float().mean()
+            else:
+                perceptual = spatial_distance(self.classifier, x_next, target, config)
+        # Beside a sum over the pixels, as LPIPS stands beside a mean over them.
+        loss = l1 + config.perceptual_weight * x0[0].numel() * perceptual
+        return {"loss": loss, "l1": l1, "perceptual": perceptual}
+
+    # --- the Hub ----------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, folder: Path, existing: str | None = None) -> None:
+        """Write the card of the student, with a grid of its samples."""
+        config = self.config
+        student = RCFDPipeline.from_pretrained(str(folder)).to(self.accelerator.device)
+        save_image(sample_grid(student, config), folder / "samples.png", nrow=8, padding=1)
+        run = RunDescription(
+            repo_id=self.repo_id or folder.name,
+            rungs=[],
+            teacher=self.teacher_name,
+            classifier=None if self.classifier is None else self.classifier.config.backbone,
+            train_batch_size=config.train_batch_size
+            * config.gradient_accumulation_steps
+            * self.accelerator.num_processes,
+            learning_rate=config.learning_rate,
+            training_seconds=self.state.seconds,
+            class_conditional=student.num_classes is not None,
+            network_evaluations=sorted(student.scheduler.trained_steps),
+            stock_call=student.stock_call(),
+        )
+        write_model_card(folder, run, existing)
+
+
+def for_counts(unet: UNet2DModel, counts: int) -> UNet2DModel:
+    """The network with class embeddings for several step counts, each without effect: zero, or those of its classes.
+
+    `UNet2DModel` adds class embeddings to the time embedding, and a table of step count and class together is what a
+    plain one can hold.
+
+    Raises:
+        ValueError: for a network whose class embedding is not a table.
+    """
+    require(
+        unet.config.class_embed_type is None, "teacher", unet.config.class_embed_type, "of `class_embed_type` None"
+    )
+    table = torch.zeros(1, unet.time_embedding.linear_2.out_features)
+    if unet.class_embedding is not None:
+        table = unet.class_embedding.weight.detach()
+    return _with_embedding(unet, table.repeat(counts, 1))
+
+
+def for_one_count(unet: UNet2DModel, row: int, counts: int) -> UNet2DModel:
+    """The network of one of several step counts: its rows of the table, a single row in the time embedding."""
+    if counts < 2:
+        return unet
+    table = unet.class_embedding.weight.detach().chunk(counts)[row]
+    if len(table) > 1:
+        return _with_embedding(unet, table)
+    unet.time_embedding.linear_2.bias += table[0]
+    return _with_embedding(unet, None)
+
+
+def _with_embedding(unet: UNet2DModel, table: torch.Tensor | None) -> UNet2DModel:
+    """A copy of the network with another table of class embeddings, or none."""
+    config = dict(unet.config) | {"num_class_embeds": None if table is None else len(table)}
+    config.pop("_use_default_values", None)  # which would put the argument back to its default
+    weights = {name: value for name, value in unet.state_dict().items() if not name.startswith("class_embedding")}
+    copied = UNet2DModel.from_config(config).to(unet.device, unet.dtype)
+    copied.load_state_dict(weights if table is None else weights | {"class_embedding.weight": table})
+    return copied

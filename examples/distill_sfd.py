@@ -1,0 +1,110 @@
+"""A base model distilled along the student's own trajectory, in a fraction of a ladder's time, and a comparison.
+
+    accelerate launch examples/distill_sfd.py --teacher runs/digits/base --evaluator runs/digits/evaluator
+
+runs the recipe `digits_sfd`; without these two they are trained first, by the recipe. Other recipes and options:
+
+    accelerate launch examples/distill_sfd.py --config digits_sfdv --objective cfd --classifier runs/digits/classifier
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill_rcfd import SHARED, Job, judge_contenders, part_of, train_base, train_classifier
+
+from diffusers_rcfd.command_line import parse_options
+from diffusers_rcfd.configs import ClassifierConfig, DataConfig, DiffusionConfig, option, require
+from diffusers_rcfd.sfd_config import SFDDistillationConfig
+
+
+@dataclass
+class SFDJob(Job):
+    """What to distil, with what, and how to judge it."""
+
+    compare_with: list[str] | None = option(
+        None, "Further pipelines (folders or Hub ids) for the comparison, such as students of PD and RCFD."
+    )
+
+
+GROUPS = (
+    SFDJob,
+    DataConfig,
+    (DiffusionConfig, "base_", SHARED),
+    (ClassifierConfig, "classifier_", SHARED),
+    (ClassifierConfig, "evaluator_", SHARED),
+    SFDDistillationConfig,
+)
+
+
+def main():
+    recipes = Path(__file__).parent / "configs" / "distill_sfd"
+    run(*parse_options(*GROUPS, description=__doc__, recipes=recipes, default_recipe="digits_sfd"))
+
+
+def run(job, data, base, classifier, evaluator, distillation):
+    """Train what is missing, distil, compare."""
+    import torch
+    from accelerate import Accelerator
+
+    from diffusers_rcfd import (
+        RCFDPipeline,
+        SFDDistillationTrainer,
+        load_feature_classifier,
+        load_image_data,
+    )
+    from diffusers_rcfd.checkpoints import check_output_dir
+    from diffusers_rcfd.comparison import Contender
+
+    accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        torch.set_num_threads(job.cpu_threads or os.cpu_count())
+
+    # Everything that can be wrong is found here, before any training.
+    output_dir, resume = Path(distillation.output_dir), distillation.resume_from_checkpoint
+    require(resume in (None, "latest"), "resume_from_checkpoint", resume, "'latest' for this job of several parts")
+    check_output_dir(distillation)
+    images = load_image_data(**vars(data))
+    teacher = None if job.teacher is None else RCFDPipeline.from_pretrained(job.teacher)
+    guide = None if job.classifier is None else load_feature_classifier(job.classifier)
+    judge = None if job.evaluator is None else load_feature_classifier(job.evaluator)
+    others = [RCFDPipeline.from_pretrained(name) for name in job.compare_with or ()]
+    guided = distillation.objective != "l1"
+    if images.num_classes is None and (judge is None or (guide is None and guided)):
+        raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
+    student_config = part_of(distillation, distillation, "student")
+    if teacher is not None and (guide is not None or not guided):
+        SFDDistillationTrainer(teacher, guide, student_config)
+
+    # 1. The base model, 2. the classifier whose features are distilled, and another that only measures.
+    if teacher is None:
+        teacher = train_base(job, images, part_of(distillation, base, "base"))
+    if guide is None and guided:
+        guide = train_classifier(job, images, part_of(distillation, classifier, "classifier", 1000), job.backbone)
+    if judge is None:
+        config = part_of(distillation, evaluator, "evaluator", 2000)
+        judge = train_classifier(job, images, config, job.evaluator_backbone)
+
+    # 3. The student.
+    student = SFDDistillationTrainer(teacher, guide, student_config).train()
+
+    # 4. The comparison.
+    counts = sorted(distillation.student_steps, reverse=True)
+    contenders = [
+        Contender("DDIM", N, teacher) for N in counts if teacher.scheduler.config.num_inference_steps is None
+    ]
+    for name, other in zip(job.compare_with or (), others, strict=True):
+        steps = other.scheduler.config.num_inference_steps
+        contenders += [Contender(Path(name).parent.name, N, other) for N in counts if N == steps]
+    method = ("SFD-v" if len(counts) > 1 else "SFD") + (f" {distillation.objective}" if guided else "")
+    contenders += [Contender(method, N, student) for N in counts]
+    judge_contenders(job, data, distillation, contenders, judge, images, accelerator)
+    if accelerator.is_main_process:
+        print(
+            f"Everything is in {output_dir}: comparison.png, comparison.md, and the pipeline {output_dir / 'student'}"
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+from diffusers_rcfd import RCFDPipeline, SFDDistillationConfig, SFDDistillationTrainer
+from diffusers_rcfd.trajectories import euler_step, one_step_target, solve
+from tests.toys import parameters, tiny_classifier, tiny_teacher
+
+
+def trainer(folder, teacher=None, classifier=None, lpips=None, **options):
+    defaults = {
+        "max_train_steps": 4,
+        "train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "checkpointing_steps": 1,
+    }
+    config = SFDDistillationConfig(output_dir=str(folder), **(defaults | options))
+    return SFDDistillationTrainer(teacher or tiny_teacher(), classifier, config, lpips)
+
+
+def begin(run):
+    """The trainer at the start, with its student in place."""
+    run.model = next(run.stages(0)).model
+    return run
+
+
+def batch_of(run, size=4, seed=0, **extra):
+    return run.draw(size, torch.Generator().manual_seed(seed)) | extra
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(1)
+    return tiny_classifier().eval()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_optimizer_step_for_each_node_along_the_students_own_trajectory(tmp_path):
+    """The loop against the algorithm written out: the weights moved at a node are those of the next."""
+    run = trainer(tmp_path / "loop", student_steps=[3], max_train_steps=2, optimizer="sgd", learning_rate=1e-5)
+    student = run.train()
+
+    other = begin(trainer(tmp_path / "by-hand", student_steps=[3]))
+    scheduler, nodes = other.scheduler, other.routes[0].student
+    assert len(nodes) == 5 and nodes[0] == 1016 and nodes[-1] == 0
+    nu = (scheduler.sigma / scheduler.alpha).tolist()
+    optimizer = torch.optim.SGD(other.model.parameters(), 1e-5, momentum=0.9)
+    for step in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = (1e-5, 1e-6)[step]  # a tenth from half-way
+        other.state.step = step
+        x = other._draws(next(other.stages(0)))[0]["noise"] / scheduler.alpha[nodes[0]].item()
+        targets = other.teacher_states(x, other.routes[0], None)
+        for i, (k, k_next) in enumerate(pairwise(nodes)):
+            s, s_next = nu[k], nu[k_next]
+            if i == 0:
+                x = x + (s_next - s) * x / (1 + s**2) ** 0.5
+                continue
+            D = other.model(scheduler.alpha[k].item() * x, torch.full((4,), k)).sample
+            x_next = x + (s_next - s) * (x - D) / s
+            loss = (x_next - targets[i]).abs().sum(dim=(1, 2, 3)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            x = x_next.detach()
+    difference = (parameters(student.unet) - parameters(other.model)).abs().max()
+    moved = (parameters(student.unet) - parameters(tiny_teacher().unet)).abs().max()
+    assert moved > 1e-4 and difference < 0.01 * moved
+
+
+def test_student_of_one_teacher_step_starts_without_loss(tmp_path, classifier):
+    """K = 1 by Euler without AFS: the target is the student's own step, in every objective."""
+    for objective in ("l1", "cfd"):
+        run = begin(trainer(tmp_path, None, classifier, student_steps=[3], teacher_steps=1, teacher_solver="euler",
+                            analytical_first_step=False, objective=objective))  # fmt: skip
+        for terms in run.losses(batch_of(run)):
+            assert abs(terms["loss"].item()) < 1e-3 * 64
+
+
+def test_targets_are_every_kth_state_of_the_solver(tmp_path):
+    run = begin(trainer(tmp_path, student_steps=[2], teacher_steps=3, teacher_solver="heun"))
+    route = run.routes[0]
+    assert route.teacher[::3] == route.student and len(route.student) == 4
+    x = 82 * torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    nu = run.nu[route.teacher].tolist()
+    states = solve(lambda x, i: run._denoise(run.teacher.unet, x, route.teacher[i], None), x, nu, "heun")
+    for target, expected in zip(run.teacher_states(x, route, None), states[3::3], strict=True):
+        torch.testing.assert_close(target, expected)
+
+
+def test_loss_terms_of_the_objectives(tmp_path, classifier):
+    def first_terms(**options):
+        run = begin(trainer(tmp_path, classifier=classifier, **options))
+        return next(run.losses(batch_of(run)))
+
+    alone = first_terms()
+    assert alone["loss"] == alone["l1"] and "cfd" not in alone
+    cfd = first_terms(objective="cfd")
+    assert cfd["loss"] == cfd["cfd"] > 0
+    torch.testing.assert_close(cfd["l1"], alone["l1"])
+    mixed = first_terms(objective="cfd", l1_weight=0.5, cfd_weight=2.0)
+    torch.testing.assert_close(mixed["loss"], 2 * cfd["cfd"] + 0.5 * alone["l1"])
+    assert {"entropy", "diversity"} <= first_terms(objective="rcfd").keys()
+    spatial = [first_terms(objective="cfd", distribution="spatial", spatial_loss=loss)["cfd"] for loss in ("l1", "kl")]
+    assert len({cfd["cfd"].item(), *(value.item() for value in spatial)}) == 3
+
+
+def test_closed_form_of_the_pair(tmp_path):
+    """cfd compares the student's D with the D* whose Euler step reaches the teacher's state."""
+    run = begin(trainer(tmp_path))
+    pairs = []
+    run._terms_at_node = lambda x0, x0_target, x_next, target, last: (
+        pairs.append((x0, x0_target, x_next, target)) or {}
+    )
+    list(run.losses(batch_of(run)))
+    nodes = run.nu[run.routes[0].student[1:]].tolist()
+    for (x0, x0_target, x_next, target), (s, s_next) in zip(pairs, pairwise(nodes), strict=True):
+        distance = (1 - s_next / s) * (x0 - x0_target)
+        torch.testing.assert_close(x_next - target, distance, rtol=1e-3, atol=1e-4)
+        start = (x_next - (1 - s_next / s) * x0) / (s_next / s)
+        torch.testing.assert_close(euler_step(start, x0_target, s, s_next), target, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one_step_target(start, target, s, s_next), x0_target, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"student_steps": [1, 3], "ema_decay": 0.9}])
+def test_resume_between_trajectories_is_bit_identical(tmp_path, options):
+    trainer(tmp_path / "whole", **options).train()
+    run = trainer(tmp_path / "resumed", **options)
+    losses = run.losses
+
+    def interrupt(batch):
+        for i, terms in enumerate(losses(batch)):
+            if run.state.step == 2 and i == run.num_losses(batch) - 1:
+                raise KeyboardInterrupt
+            yield terms
+
+    run.losses = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options).train()
+    for name in ("unet/diffusion_pytorch_model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+
+
+def test_accumulated_batches_take_turns_at_the_nodes(tmp_path):
+    """Two batches of two are one of four: the same noise, and one optimizer step for both at each node."""
+    options = {"max_train_steps": 2, "optimizer": "sgd", "learning_rate": 1e-5}
+    whole = trainer(tmp_path / "whole", **options).train()
+    parts = trainer(tmp_path / "parts", train_batch_size=2, gradient_accumulation_steps=2, **options).train()
+    difference = (parameters(whole.unet) - parameters(parts.unet)).abs().max()
+    moved = (parameters(whole.unet) - parameters(tiny_teacher().unet)).abs().max()
+    assert moved > 1e-4 and difference < 0.01 * moved
+
+
+def test_sfd_v_starts_as_the_teacher_and_learns_its_step_counts(tmp_path):
+    run = begin(trainer(tmp_path / "start", student_steps=[1, 2, 3]))
+    z, t = torch.randn(2, 1, 8, 8), torch.tensor([900, 30])
+    for row in range(3):
+        out = run.model(z, t, torch.full((2,), row)).sample
+        torch.testing.assert_close(out, run.teacher.unet(z, t).sample)
+    assert {int(batch_of(run, seed=seed)["route"][0]) for seed in range(20)} == {0, 1, 2}
+
+    pipe = trainer(tmp_path / "run", student_steps=[1, 2, 3], max_train_steps=8).train()
+    assert len(set(pipe.unet.class_embedding.weight.sum(1).tolist())) == 3  # zero no more, and each its own
+    loaded = RCFDPipeline.from_pretrained(tmp_path / "run")
+    for model in (pipe, loaded):
+        model.set_progress_bar_config(disable=True)
+        assert model.num_classes is None
+    calls = []
+    loaded.unet.register_forward_pre_hook(lambda module, args: calls.append(int(args[2][0])))
+    for N in (1, 2, 3):
+        calls.clear()
+        images = loaded(2, N, latents=z, output_type="pt").images
+        assert calls == [N - 1] * N
+        torch.testing.assert_close(images, pipe(2, N, latents=z, output_type="pt").images)
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be one of \[1, 2, 3\].* got 4"):
+        loaded(num_inference_steps=4)
+
+
+def test_sampling_follows_the_trajectory_of_training(tmp_path):
+    run = begin(trainer(tmp_path, analytical_first_step=True))
+    batch, states = batch_of(run), []
+    run._terms_at_node = lambda x0, x0_target, x_next, target, last: states.append(x_next.detach()) or {}
+    list(run.losses(batch))
+    pipe = RCFDPipeline(run.model, run.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    expected = (run.scheduler.alpha[0].item() * states[-1] / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(pipe(4, latents=batch["noise"], output_type="pt").images, expected, rtol=0, atol=1e-4)
+
+
+def test_class_conditional_teacher(tmp_path):
+    teacher = tiny_teacher(num_class_embeds=3)
+    run = begin(trainer(tmp_path / "start", teacher, student_steps=[1, 2]))
+    assert run.model.config.num_class_embeds == 6 and batch_of(run, 64)["labels"].unique().tolist() == [0, 1, 2]
+    z, t = torch.randn(3, 1, 8, 8), torch.tensor([900, 30, 5])
+    expected = teacher.unet(z, t, torch.arange(3)).sample
+    torch.testing.assert_close(run.model(z, t, torch.arange(3) + 3).sample, expected)
+    pipe = trainer(tmp_path / "run", teacher, student_steps=[1, 2], max_train_steps=1).train()
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.num_classes == 3 and pipe(2, class_labels=[0, 2], output_type="pt").images.shape == (2, 1, 8, 8)
+
+
+def test_second_stage(tmp_path, classifier):
+    """Teacher and start are the 5-evaluation student; its nodes hold those of the single evaluation."""
+    for counts in ([5], [2, 5]):
+        teacher = trainer(tmp_path / f"first{counts}", student_steps=counts, max_train_steps=1).train()
+        run = begin(trainer(tmp_path, teacher, classifier, student_steps=[1], learning_rate=5e-4))
+        route = run.routes[0]
+        assert route.teacher[::3] == route.student and len(route.teacher) == 7
+        assert run.model.config.num_class_embeds is None  # one step count needs no table
+        x = batch_of(run)["noise"] / run.scheduler.alpha[route.student[0]].item()
+        teacher.set_progress_bar_config(disable=True)
+        last = run.teacher_states(x, route, None)[-1]
+        images = teacher(4, 5, latents=batch_of(run)["noise"], output_type="pt").images
+        torch.testing.assert_close((run.scheduler.alpha[0].item() * last / 2 + 0.5).clamp(0, 1), images,
+                                   rtol=0, atol=1e-4)  # fmt: skip
+        (terms,) = run.losses(batch_of(run))
+        torch.testing.assert_close(terms["loss"], terms["l1"] + 64 * terms["perceptual"])
+
+    seen = []
+
+    def lpips(a, b):
+        seen.append((a.shape, b.shape))
+        return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    run = begin(trainer(tmp_path, teacher, None, lpips, student_steps=[1]))
+    (terms,) = run.losses(batch_of(run))
+    assert seen == [((4, 3, 8, 8),) * 2] and terms["perceptual"] > 0
+    with pytest.raises(ValueError, match="`classifier` must be given for the second stage without LPIPS"):
+        trainer(tmp_path, teacher, student_steps=[1])
+    with pytest.raises(ValueError, match="`student_steps` must be such that its nodes .* are among"):
+        trainer(tmp_path, teacher, classifier, student_steps=[3])
+
+
+def test_gradients_that_are_not_numbers_are_zero(tmp_path):
+    run = begin(trainer(tmp_path))
+    weight = run.model.conv_out.weight
+    (weight * torch.where(torch.arange(weight.numel()).view_as(weight) == 0, torch.nan, 1.0)).sum().backward()
+    assert weight.grad.flatten()[0] == 0 and (weight.grad.flatten()[1:] == 1).all()
+
+
+def test_stock_pipeline_as_teacher_and_the_records_of_a_run(tmp_path):
+    ours = tiny_teacher()
+    stock = DDIMPipeline(ours.unet, ours.scheduler.to_ddim())
+    trainer(tmp_path / "run", stock, max_train_steps=2, sample_steps=2, num_sample_images=4).train()
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2] and {"loss", "l1"} <= lines[0].keys()
+    assert (tmp_path / "run/samples/student-0000002.png").is_file()
+    run = trainer(tmp_path / "run", stock, resume_from_checkpoint="latest")
+    run.state.stage = 1
+    run.create_model_card(tmp_path / "run")
+    card = (tmp_path / "run/README.md").read_text()
+    assert "**2 network evaluations** by SFD" in card and "timesteps=[964, 379]" in card
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"student_steps": [0]}, "`student_steps` must be an integer of at least 1, got 0"),
+        ({"student_steps": [2, 2]}, "`student_steps` must be one or more, all different"),
+        ({"student_steps": []}, "`student_steps` must be one or more"),
+        ({"teacher_steps": 0}, "`teacher_steps` must be an integer of at least 1, got 0"),
+        ({"sigma_min": 80.0}, "`sigma_min` must be below sigma_max=80.0, got 80.0"),
+        ({"sigma_max": 0.001}, "`sigma_min` must be below sigma_max=0.001, got 0.006"),
+        ({"sigma_min": 0.0}, "`sigma_min` must be above 0 and finite"),
+        ({"rho": -1.0}, "`rho` must be above 0"),
+        ({"nodes": [80.0, 0.1, 1.0, 0.006]}, r"`nodes` must be 3 or more falling levels, got \[80.0, 0.1"),
+        ({"nodes": [80.0, 0.006]}, "`nodes` must be 3 or more falling levels"),
+        ({"teacher_solver": "rk4"}, "`teacher_solver` must be one of"),
+        ({"solver_order": 4}, "`solver_order` must be 1, 2 or 3, got 4"),
+        ({"objective": "pd"}, r"`objective` must be one of \('l1', 'cfd', 'rcfd'\), got 'pd'"),
+        ({"temperature": 1.5}, r"`temperature` must be in \(0, 1\], got 1.5"),
+        ({"l1_weight": 1.0}, "`l1_weight` must be 0 for objective 'l1'"),
+        ({"objective": "cfd", "cfd_weight": 0.0}, "`cfd_weight` must be above 0 where no other loss is left"),
+        ({"objective": "cfd"}, "`classifier` must be given for objective 'cfd'"),
+        ({"nodes": [80.0, 0.0061, 0.006]}, "`teacher` must be of a schedule that tells the nodes"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
