@@ -57,8 +57,8 @@ class SFDDistillationTrainer(Trainer):
         classifier (`FeatureClassifier`, *optional*): frozen; for the objectives cfd and rcfd, and for the second stage
             without LPIPS.
         config (`SFDDistillationConfig`): the options; defaults are the paper's.
-        lpips (`Callable`, *optional*): LPIPS with its weights, (images, images) in [-1, 1] -> (B,) or (B, 1, 1, 1),
-            such as `lpips.LPIPS` of the package of that name; called with three channels.
+        lpips (`Callable`, *optional*): `lpips.LPIPS` with its weights, or anything that takes two batches of images in
+            [-1, 1] with three channels to (B,) or (B, 1, 1, 1).
 
     Raises:
         ValueError: if nodes, teacher and classifier do not fit.

@@ -22,6 +22,10 @@ from diffusers_rcfd.sfd_config import SFDDistillationConfig
 class SFDJob(Job):
     """What to distil, with what, and how to judge it."""
 
+    lpips_weights: str | None = option(
+        None,
+        "Second stage: folder of vgg16-397923af.pth and weights-vgg16-lpips.pth; unset: the classifier's features.",
+    )
     compare_with: list[str] | None = option(
         None, "Further pipelines (folders or Hub ids) for the comparison, such as students of PD and RCFD."
     )
@@ -55,6 +59,7 @@ def run(job, data, base, classifier, evaluator, distillation):
     )
     from diffusers_rcfd.checkpoints import check_output_dir
     from diffusers_rcfd.comparison import Contender
+    from diffusers_rcfd.lpips import LPIPS
 
     accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
@@ -68,13 +73,14 @@ def run(job, data, base, classifier, evaluator, distillation):
     teacher = None if job.teacher is None else RCFDPipeline.from_pretrained(job.teacher)
     guide = None if job.classifier is None else load_feature_classifier(job.classifier)
     judge = None if job.evaluator is None else load_feature_classifier(job.evaluator)
+    lpips = None if job.lpips_weights is None else LPIPS(job.lpips_weights)
     others = [RCFDPipeline.from_pretrained(name) for name in job.compare_with or ()]
     guided = distillation.objective != "l1"
     if images.num_classes is None and (judge is None or (guide is None and guided)):
         raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
     student_config = part_of(distillation, distillation, "student")
     if teacher is not None and (guide is not None or not guided):
-        SFDDistillationTrainer(teacher, guide, student_config)
+        SFDDistillationTrainer(teacher, guide, student_config, lpips)
 
     # 1. The base model, 2. the classifier whose features are distilled, and another that only measures.
     if teacher is None:
@@ -86,7 +92,7 @@ def run(job, data, base, classifier, evaluator, distillation):
         judge = train_classifier(job, images, config, job.evaluator_backbone)
 
     # 3. The student.
-    student = SFDDistillationTrainer(teacher, guide, student_config).train()
+    student = SFDDistillationTrainer(teacher, guide, student_config, lpips).train()
 
     # 4. The comparison.
     counts = sorted(distillation.student_steps, reverse=True)

@@ -56,6 +56,16 @@ def test_two_processes_resume_to_the_same_weights(tmp_path):
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "resumed/metrics.jsonl").read_bytes()
 
 
+def test_two_processes_train_the_student_of_sfd_that_one_does(tmp_path):
+    """SFD-v: every process draws the same step counts, and its share of the noise."""
+    launch(1, "sfd", tmp_path / "one", 8, 1)
+    launch(2, "sfd", tmp_path / "two", 4, 1)
+    one, two = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    for first, second in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-5)
+
+
 def test_main_job_on_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["examples/distill_rcfd.py", *SMALL, "--output_dir", str(tmp_path / "run")]
@@ -71,6 +81,9 @@ def main(objective, output_dir, batch_size, accumulation, mode=None):
     from tests.toys import tiny_classifier, tiny_teacher
 
     torch.manual_seed(0)
+    if objective == "sfd":
+        distil_by_sfd(tiny_teacher(), output_dir, batch_size)
+        return
     config = CFDDistillationConfig(
         output_dir=output_dir, objective=[objective], student_steps=[2, 1], max_train_steps=[4], logging_steps=1,
         train_batch_size=int(batch_size), gradient_accumulation_steps=int(accumulation), learning_rate=1e-3,
@@ -90,6 +103,16 @@ def main(objective, output_dir, batch_size, accumulation, mode=None):
 
         trainer.compute_loss = stop
     trainer.train()
+
+
+def distil_by_sfd(teacher, output_dir, batch_size):
+    from diffusers_rcfd import SFDDistillationConfig, SFDDistillationTrainer
+
+    config = SFDDistillationConfig(
+        output_dir=output_dir, student_steps=[1, 2], max_train_steps=4, logging_steps=1, optimizer="sgd",
+        train_batch_size=int(batch_size), learning_rate=1e-5,
+    )  # fmt: skip
+    SFDDistillationTrainer(teacher, None, config).train()
 
 
 if __name__ == "__main__":
