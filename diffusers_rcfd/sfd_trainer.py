@@ -8,14 +8,17 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.utils import logging
 from torchvision.utils import save_image
 
-from diffusers_rcfd.cfd_trainer import without_dropout
+from diffusers_rcfd.cfd_trainer import EVALUATION_FILE, without_dropout
+from diffusers_rcfd.checkpoints import write_json
 from diffusers_rcfd.configs import require
 from diffusers_rcfd.diffusion_trainer import sample_grid
+from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.feature_terms import feature_terms, spatial_distance
-from diffusers_rcfd.model_card import RunDescription, write_model_card
+from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline, embedding_rows
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.sfd_config import SFDDistillationConfig
@@ -29,6 +32,8 @@ from diffusers_rcfd.trajectories import (
     solve,
     subdivide,
 )
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,13 @@ class SFDDistillationTrainer(Trainer):
         if not isinstance(teacher, RCFDPipeline):
             teacher = RCFDPipeline(teacher.unet, teacher.scheduler)
         self.teacher, self.classifier, self.lpips = teacher, classifier, lpips
+        self.student = None
         self.second_stage = bool(teacher.scheduler.config.nodes)
+        if not self.second_stage and teacher.scheduler.config.num_inference_steps is not None:
+            N = teacher.scheduler.config.num_inference_steps
+            logger.warning(
+                f"`teacher` was distilled for {N} steps, and the nodes of SFD are not those of that sampler."
+            )
         self.nu = teacher.scheduler.sigma / teacher.scheduler.alpha  # (n,), float64
         self.routes = [self._route(N) for N in config.student_steps]
         self.num_classes = teacher.num_classes
@@ -143,7 +154,7 @@ class SFDDistillationTrainer(Trainer):
     def stages(self, first: int) -> Iterator[Stage]:
         """The student is the only stage."""
         if first:
-            self.teacher = RCFDPipeline.from_pretrained(str(self.output_dir))
+            self.student = RCFDPipeline.from_pretrained(str(self.output_dir))
             return
         teacher = self.teacher.unet.to(self.accelerator.device).eval().requires_grad_(False)
         for part in (self.classifier, self.lpips):
@@ -159,12 +170,12 @@ class SFDDistillationTrainer(Trainer):
             for parameter in student.parameters():
                 parameter.register_hook(lambda gradient: gradient.nan_to_num(nan=0.0, posinf=1e5, neginf=-1e5))
         yield Stage("student", 0, student, self.config.max_train_steps)
-        self.teacher = RCFDPipeline(self.model, self.scheduler)
+        self.student = RCFDPipeline(self.model, self.scheduler)
 
     def train(self) -> RCFDPipeline:
         """Train, save to `output_dir` and return the student."""
         super().train()
-        return self.teacher
+        return self.student
 
     def finish_stage(self, stage: Stage) -> None:
         """Save the student."""
@@ -264,6 +275,26 @@ class SFDDistillationTrainer(Trainer):
         loss = l1 + config.perceptual_weight * x0[0].numel() * perceptual
         return {"loss": loss, "l1": l1, "perceptual": perceptual}
 
+    def evaluate(self, evaluator: Evaluator, num_images: int = 50_000) -> dict[int, dict]:
+        """Evaluate the finished student in each of its step counts, for the metrics file and the card.
+
+        Args:
+            evaluator (`Evaluator`): the metrics and the reference.
+            num_images (`int`, defaults to 50 000): generated images of each step count.
+
+        Returns:
+            `dict[int, dict]`: `EvaluationResult.to_dict()` by network evaluations, saved as `evaluation.json`.
+        """
+        student, results = RCFDPipeline.from_pretrained(str(self.output_dir)).to(self.accelerator.device), {}
+        for N in student.scheduler.trained_steps:
+            result = evaluator.evaluate_pipeline(student, num_images, N, progress=False)
+            results[N] = result.to_dict()
+            values = {metric.label: metric.value for metric in result.metrics.values()}
+            self.write_metrics({"stage": "student", "num_inference_steps": N, **values})
+        if self.accelerator.is_main_process:
+            write_json(self.output_dir / EVALUATION_FILE, results)
+        return results
+
     # --- the Hub ----------------------------------------------------------------------------------------------------
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
@@ -281,6 +312,7 @@ class SFDDistillationTrainer(Trainer):
             * self.accelerator.num_processes,
             learning_rate=config.learning_rate,
             training_seconds=self.state.seconds,
+            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
             class_conditional=student.num_classes is not None,
             network_evaluations=sorted(student.scheduler.trained_steps),
             stock_call=student.stock_call(),

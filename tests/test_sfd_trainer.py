@@ -5,7 +5,14 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from diffusers_rcfd import RCFDPipeline, SFDDistillationConfig, SFDDistillationTrainer
+from diffusers_rcfd import (
+    CFDDistillationTrainer,
+    Evaluator,
+    RCFDPipeline,
+    SFDDistillationConfig,
+    SFDDistillationTrainer,
+    load_image_data,
+)
 from diffusers_rcfd.trajectories import euler_step, one_step_target, solve
 from tests.toys import parameters, tiny_classifier, tiny_teacher
 
@@ -239,6 +246,13 @@ def test_second_stage(tmp_path, classifier):
         trainer(tmp_path, teacher, classifier, student_steps=[3])
 
 
+def test_student_of_sfd_is_no_teacher_of_a_ladder(tmp_path):
+    run = trainer(tmp_path)
+    student = RCFDPipeline(tiny_teacher().unet, run.scheduler)
+    with pytest.raises(ValueError, match="`teacher` must be on the uniform grid, without `nodes`"):
+        CFDDistillationTrainer(student, tiny_classifier(), None, load_image_data())
+
+
 def test_gradients_that_are_not_numbers_are_zero(tmp_path):
     run = begin(trainer(tmp_path))
     weight = run.model.conv_out.weight
@@ -254,10 +268,13 @@ def test_stock_pipeline_as_teacher_and_the_records_of_a_run(tmp_path):
     assert [line["step"] for line in lines] == [1, 2] and {"loss", "l1"} <= lines[0].keys()
     assert (tmp_path / "run/samples/student-0000002.png").is_file()
     run = trainer(tmp_path / "run", stock, resume_from_checkpoint="latest")
-    run.state.stage = 1
+    evaluator = Evaluator(tiny_classifier().eval(), load_image_data(max_images=32), name="tiny", cache_dir=False)
+    results = run.evaluate(evaluator, num_images=16)
+    assert list(results) == [2] and metrics(tmp_path / "run")[-1]["num_inference_steps"] == 2
     run.create_model_card(tmp_path / "run")
     card = (tmp_path / "run/README.md").read_text()
     assert "**2 network evaluations** by SFD" in card and "timesteps=[964, 379]" in card
+    assert f"2 steps: FD(tiny) {results[2]['metrics']['fd']['value']:.3f}" in card
 
 
 @pytest.mark.parametrize(
