@@ -11,6 +11,8 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 WEIGHTINGS = ("both", "x", "eps")
 HUB_STRATEGIES = ("end", "every_rung", "checkpoint")
+# Diffusers' samplers that a base model is compared under, see `stock_samplers`.
+STOCK_SAMPLERS = ("ddim", "pndm", "dpm++1s", "dpm++2s", "dpm++3s", "dpm++2m", "dpm++3m", "unipc", "euler", "heun")
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -84,6 +86,34 @@ class DataConfig:
             self.resolution,
             "a positive integer",
         )
+
+
+METRICS = ("fd", "is", "kid", "precision", "recall")
+
+
+@dataclass
+class EvaluationConfig:
+    """How generated images are judged; the reference is a `DataConfig`."""
+
+    feature_extractor: str | None = option(
+        None, "Classifier that measures: a folder, a Hub id or a timm name. Unset: Inception, and FD is FID."
+    )
+    extractor_name: str | None = option(None, "What the classifier is called in reports; unset: its own name.")
+    inception_weights: str | None = option(None, "torch-fidelity's Inception weights; unset: where it keeps them.")
+    metrics: list[str] = option(["fd", "is"], f"Of {METRICS}; fd is FID with Inception.")
+    num_images: int = option(50_000, "Generated images.")
+    eval_batch_size: int = option(256, "Images at a time, for each process.")
+    seed: int = option(0, "Seed of the noise, and of splits, subsets and bootstrap.")
+    statistics_dir: str | None = option(None, "Cache of the reference's statistics; unset: in the Hugging Face home.")
+
+    def __post_init__(self):
+        require(len(self.metrics) > 0, "metrics", self.metrics, f"of {METRICS}")
+        for metric in self.metrics:
+            require(metric in METRICS, "metrics", metric, f"of {METRICS}")
+        for name, least in (("num_images", 2), ("eval_batch_size", 1), ("seed", 0)):
+            require_count(name, getattr(self, name), least)
+        both = None not in (self.feature_extractor, self.inception_weights)
+        require(not both, "inception_weights", self.inception_weights, "unset with `feature_extractor`")
 
 
 @dataclass

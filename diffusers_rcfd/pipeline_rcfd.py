@@ -85,6 +85,10 @@ class RCFDPipeline(DiffusionPipeline):
             model_output = self.unet(z.to(self.unet.dtype), t, class_labels, return_dict=False)[0]
             z = self.scheduler.step(model_output.float(), t, z, return_dict=False)[0]
 
+        return self._finish(z, output_type, return_dict)
+
+    def _finish(self, z: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """Images in [-1, 1] as what the caller asked for."""
         images = (z / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).cpu().numpy()

@@ -35,7 +35,7 @@ def test_table_and_files(rows, tmp_path):
     save_comparison(rows, tmp_path)
     lines = (tmp_path / "comparison.md").read_text().splitlines()
     assert lines == markdown_table(rows).splitlines() and len(lines) == 5
-    assert lines[0] == "| steps | method | FD(tiny) | IS(tiny) | images/s |"
+    assert lines[0] == "| evaluations | method | FD(tiny) | IS(tiny) | images/s |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 2", "| 1", "| 1"]
     assert "FID" not in "".join(lines)  # which is Inception's alone
     assert json.loads((tmp_path / "comparison.json").read_text()) == rows

@@ -27,7 +27,7 @@ from diffusers_rcfd.distribution_metrics import (
     inception_score_with_influence,
     kid_with_blocks,
 )
-from diffusers_rcfd.evaluation import INCEPTION_FILE, InceptionExtractor
+from diffusers_rcfd.inception import INCEPTION_FILE, InceptionExtractor
 from diffusers_rcfd.image_sampling import generate_images, image_generator, initial_noise
 from tests.toys import tiny_unet
 

@@ -178,3 +178,44 @@ def test_recipes_of_the_main_job_hold_only_known_options(recipe, monkeypatch):
     assert rungs[-4].student_steps == 8 and rungs[-4].objective == "pd"
     written = yaml.safe_load(recipe.read_text())
     assert job.unet_preset == written["unet_preset"] and distillation.output_dir == f"runs/{recipe.stem}"
+
+
+def test_evaluate_and_compare(tmp_path):
+    """One pipeline alone and beside others, with the same judge: the same number."""
+    base, student = tiny_teacher(), tiny_teacher(2, seed=1)
+    for name, pipeline in (("base", base), ("student", student)):
+        pipeline.save_pretrained(tmp_path / name)
+    tiny_classifier().save_pretrained(tmp_path / "judge")
+    options = ["--feature_extractor", tmp_path / "judge", "--extractor_name", "tiny", "--num_images", 40]
+    options += ["--statistics_dir", tmp_path / "statistics"]
+    done = run(
+        "evaluate.py", "--model", tmp_path / "student", *options, "--output", tmp_path / "one.json", launch=True
+    )
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert one["num_inference_steps"] == 2 and one["extractor"] == "tiny" and one["num_images"] == 40
+    assert f"2 network evaluations: FD(tiny) {one['metrics']['fd']['value']:.4g}" in done.stdout
+
+    done = run("compare.py", "--base", tmp_path / "base", "--students", f"PD={tmp_path / 'student'}", *options,
+               "--samplers", "dpm++2m", "heun", "--evaluations", 3, 2, "--output_dir", tmp_path / "all")  # fmt: skip
+    rows = json.loads((tmp_path / "all/comparison.json").read_text())
+    lines = [(row["method"], row["num_inference_steps"]) for row in rows]
+    assert lines == [("DPM-Solver++(2M)", 3), ("DPM-Solver++(2M)", 2), ("Heun", 3), ("PD", 2)]
+    assert "`num_inference_steps`=2 is not possible with Heun" in done.stderr
+    assert rows[-1]["evaluation"]["metrics"] == one["metrics"]
+    assert (tmp_path / "all/comparison.md").read_text() in done.stdout
+    assert Image.open(tmp_path / "all/comparison_curve.png").width > 400
+
+
+@pytest.mark.parametrize(
+    "script, args, message",
+    [
+        ("evaluate.py", ["--metrics", "fid"], "`metrics` must be of ('fd', 'is', 'kid', 'precision', 'recall')"),
+        ("evaluate.py", ["--num_images", "0"], "`num_images` must be an integer of at least 2, got 0"),
+        ("evaluate.py", ["--inception_weights", "x", "--feature_extractor", "y"], "`inception_weights` must be unset"),
+        ("compare.py", [], "`base` must be given where there are no `students`"),
+        ("compare.py", ["--base", "x", "--samplers", "ddpm"], "`samplers` must be of ('ddim',"),
+        ("compare.py", ["--base", "x", "--evaluations", "0"], "`evaluations` must be an integer of at least 1, got 0"),
+    ],
+)
+def test_mistakes_in_an_evaluation_are_named(script, args, message):
+    assert message in run(script, *args, expect=2).stderr
