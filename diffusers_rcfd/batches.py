@@ -1,10 +1,16 @@
 """Which images a step sees: endless shuffled batches that begin anywhere, shared among processes."""
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from diffusers_rcfd.checkpoints import TrainerState
+from diffusers_rcfd.configs import TrainingConfig
+from diffusers_rcfd.image_tensors import to_model_range
 
 
 def derived_seed(*numbers: int) -> int:
@@ -40,3 +46,57 @@ class RandomBatches(Sampler):
                 order = torch.randperm(self.num_images, generator=generator)
             start = number % batches_per_epoch * together + self.process_index * self.batch_size
             yield order[start : start + self.batch_size].tolist()
+
+
+def endless_batches(
+    accelerator: Accelerator, dataset: Dataset, config: TrainingConfig, state: TrainerState
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of this process on its device, images in [-1, 1], from where the stage stands."""
+    first = state.step * config.gradient_accumulation_steps
+    loader_options = {
+        "num_workers": config.dataloader_num_workers,
+        "pin_memory": accelerator.device.type == "cuda",
+        "collate_fn": getattr(dataset, "collate", None),
+        "generator": torch.Generator(),  # of its own, or it would draw from that of the dropout
+    }
+    process, processes = accelerator.process_index, accelerator.num_processes
+    if isinstance(dataset, IterableDataset):
+        state.streams = state.streams or [[0, 0] for _ in range(processes)]
+        stream = dataset.split_by_node(process, processes)
+        batches = streamed_batches(stream, config.train_batch_size, first, state.streams[process], loader_options)
+    else:
+        seed = derived_seed(config.seed, state.stage)
+        order = RandomBatches(len(dataset), config.train_batch_size, seed, first, process, processes)
+        batches = DataLoader(dataset, batch_sampler=order, **loader_options)
+    for batch in batches:
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        yield batch | {"images": to_model_range(batch["images"])}
+
+
+def streamed_batches(
+    stream: IterableDataset, batch_size: int, first: int, position: list[int], loader_options: dict
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of a streaming data set, epoch after epoch; what a resumed epoch had read is read again.
+
+    Args:
+        stream (`StreamingImageData`): this process's part.
+        batch_size (`int`): images in a batch.
+        first (`int`): number of the first batch to give, counted from the beginning of the stage.
+        position (`list[int]`): the epoch and the stage's batches before it; kept up to date.
+        loader_options (`dict`): of `DataLoader`.
+
+    Raises:
+        ValueError: if an epoch does not fill one batch.
+    """
+    while True:
+        epoch, before = position
+        stream.set_epoch(epoch)
+        loader = DataLoader(stream, batch_size=batch_size, drop_last=True, **loader_options)
+        for batch in itertools.islice(loader, first - before, None):
+            first += 1
+            yield batch
+        if first == before:
+            raise ValueError(
+                f"`train_batch_size` must be at most the images that the stream has for a process, got {batch_size}."
+            )
+        position[:] = epoch + 1, first

@@ -1,13 +1,21 @@
 """Where a run stands, and the checkpoints that say so."""
 
 import json
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from diffusers_rcfd.configs import TrainingConfig
 
 STATE_FILE = "trainer_state.json"
+EMA_FILE = "ema.safetensors"
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass
@@ -53,6 +61,80 @@ def check_output_dir(config: TrainingConfig) -> Path | None:
             "`overwrite_output_dir` or `resume_from_checkpoint='latest'`."
         )
     return None
+
+
+def open_output_dir(accelerator: Accelerator, config: TrainingConfig) -> Path | None:
+    """Check `output_dir` and make it ready; the checkpoint to resume from, with the metrics cut back to it, or None.
+
+    Raises as `check_output_dir` does.
+    """
+    output_dir, checkpoint = Path(config.output_dir), check_output_dir(config)
+    accelerator.wait_for_everyone()  # nobody writes before everyone has looked
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        metrics = output_dir / METRICS_FILE
+        if checkpoint is None:
+            metrics.unlink(missing_ok=True)
+            for old in [*output_dir.glob("checkpoint-*"), *output_dir.glob("samples")]:
+                shutil.rmtree(old)
+        elif metrics.exists():
+            reached = read_state(checkpoint).global_step
+            lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
+            metrics.write_text("".join(line for line in lines if json.loads(line)["global_step"] <= reached))
+    accelerator.wait_for_everyone()
+    return checkpoint
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Where the run stood that wrote a checkpoint."""
+    return TrainerState(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+
+
+def save_checkpoint(
+    accelerator: Accelerator, state: TrainerState, ema: EMAModel | None, config: TrainingConfig
+) -> Path:
+    """Write a checkpoint beside its final place, then rename it; older ones go once it is safe. On every process.
+
+    Args:
+        accelerator (`Accelerator`): holds the model, optimizer and schedule; at step 0 of a stage nothing of them.
+        state (`TrainerState`): where the run stands.
+        ema (`EMAModel`, *optional*): the averaged weights.
+        config (`TrainingConfig`): `output_dir`, and `checkpoints_total_limit` that are kept.
+
+    Returns:
+        `Path`: `output_dir/checkpoint-{global_step}`.
+    """
+    output_dir = Path(config.output_dir)
+    folder = output_dir / f"checkpoint-{state.global_step}"
+    partial = folder.with_name(f"partial-{folder.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    accelerator.wait_for_everyone()
+    if state.streams:
+        state.streams = gather_object([state.streams[accelerator.process_index]])
+    if state.step:
+        accelerator.save_state(str(partial))
+    if accelerator.is_main_process and state.step and ema is not None:
+        save_file({str(i): value.contiguous() for i, value in enumerate(ema.shadow_params)}, partial / EMA_FILE)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(partial / STATE_FILE, asdict(state))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        for old in find_checkpoints(output_dir)[: -config.checkpoints_total_limit]:
+            shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainerState, ema: EMAModel | None) -> None:
+    """Put back what a checkpoint holds of the model, optimizer, schedule and averaged weights of a stage."""
+    accelerator.load_state(str(checkpoint))
+    if ema is not None:
+        saved = load_file(checkpoint / EMA_FILE, device=str(accelerator.device))
+        for i, shadow in enumerate(ema.shadow_params):
+            shadow.copy_(saved[str(i)])
+        ema.optimization_step = state.step
 
 
 def write_json(path: Path, value: Any) -> None:

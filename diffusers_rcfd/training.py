@@ -5,10 +5,8 @@ levels and the dropout. A resumed run therefore repeats the run that was never s
 of B / p draw what one process with batches of B draws.
 """
 
-import itertools
 import json
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,20 +18,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, gather_object
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from diffusers_rcfd.batches import RandomBatches, derived_seed
-from diffusers_rcfd.checkpoints import STATE_FILE, TrainerState, check_output_dir, find_checkpoints, write_json
+from diffusers_rcfd.batches import derived_seed, endless_batches
+from diffusers_rcfd.checkpoints import (
+    METRICS_FILE,
+    TrainerState,
+    load_checkpoint,
+    open_output_dir,
+    read_state,
+    save_checkpoint,
+    write_json,
+)
 from diffusers_rcfd.configs import TrainingConfig
 from diffusers_rcfd.hub import open_repository, publish_folder, read_card
-from diffusers_rcfd.image_tensors import to_model_range
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass
@@ -109,11 +111,11 @@ class Trainer:
             ValueError: if `output_dir` is not empty and neither resumed from nor overwritten.
             FileNotFoundError: if `resume_from_checkpoint` names no whole checkpoint.
         """
-        checkpoint = self._open_output_dir()
+        checkpoint = open_output_dir(self.accelerator, self.config)
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.open_repository()  # a wrong token is found now, not after days
         if checkpoint is not None:
-            self.state = TrainerState(**json.loads((checkpoint / STATE_FILE).read_text()))
+            self.state = read_state(checkpoint)
         self._record_run()
         began = time.perf_counter() - self.state.seconds
         self._seconds = lambda: time.perf_counter() - began
@@ -128,7 +130,7 @@ class Trainer:
     def _run_stage(self, stage: Stage, checkpoint: Path | None) -> None:
         config, accelerator, state = self.config, self.accelerator, self.state
         optimizer, lr_scheduler = self._prepare(stage, checkpoint)
-        batches = self._batches(stage)
+        batches = endless_batches(accelerator, self.train_dataset, config, state)
         bar = tqdm(
             total=stage.max_train_steps,
             initial=state.step,
@@ -180,63 +182,8 @@ class Trainer:
         if config.ema_decay:
             self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=True)
         if checkpoint is not None and self.state.step:
-            accelerator.load_state(str(checkpoint))
-            if self.ema is not None:
-                saved = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
-                for i, shadow in enumerate(self.ema.shadow_params):
-                    shadow.copy_(saved[str(i)])
-                self.ema.optimization_step = self.state.step
+            load_checkpoint(accelerator, checkpoint, self.state, self.ema)
         return optimizer, lr_scheduler
-
-    def _batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless batches of this process, from where the stage stands."""
-        config, accelerator = self.config, self.accelerator
-        first = self.state.step * config.gradient_accumulation_steps
-        loader_options = {
-            "num_workers": config.dataloader_num_workers,
-            "pin_memory": accelerator.device.type == "cuda",
-            "collate_fn": getattr(self.train_dataset, "collate", None),
-            "generator": torch.Generator(),  # of its own, or it would draw from that of the dropout
-        }
-        if isinstance(self.train_dataset, IterableDataset):
-            batches = self._stream(first, loader_options)
-        else:
-            order = RandomBatches(
-                len(self.train_dataset),
-                config.train_batch_size,
-                derived_seed(config.seed, stage.index),
-                first,
-                accelerator.process_index,
-                accelerator.num_processes,
-            )
-            batches = DataLoader(self.train_dataset, batch_sampler=order, **loader_options)
-        for batch in batches:
-            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-            yield batch | {"images": to_model_range(batch["images"])}
-
-    def _stream(self, first: int, loader_options: dict) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless batches of a streaming data set, epoch after epoch; what a resumed epoch had read is read again.
-
-        Raises:
-            ValueError: if an epoch of this process does not fill one batch.
-        """
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        stream = self.train_dataset.split_by_node(process, processes)
-        self.state.streams = self.state.streams or [[0, 0] for _ in range(processes)]
-        mine = self.state.streams[process]
-        while True:
-            epoch, before = mine
-            stream.set_epoch(epoch)
-            loader = DataLoader(stream, batch_size=self.config.train_batch_size, drop_last=True, **loader_options)
-            for batch in itertools.islice(loader, first - before, None):
-                first += 1
-                yield batch
-            if first == before:
-                raise ValueError(
-                    f"`train_batch_size` must be at most the images that the stream has for a process, got "
-                    f"{self.config.train_batch_size}."
-                )
-            mine[:] = epoch + 1, first
 
     def _draws(self, stage: Stage) -> list[dict[str, torch.Tensor]]:
         """The random numbers of one optimizer step: this process's share, one dictionary for each batch."""
@@ -356,49 +303,11 @@ class Trainer:
         self._save_checkpoint()  # small: that the stage is done
 
     def _save_checkpoint(self) -> None:
-        """Write a checkpoint beside its final place, then rename it; older ones go once it is safe."""
         self.state.seconds = self._seconds()
-        accelerator, folder = self.accelerator, self.output_dir / f"checkpoint-{self.state.global_step}"
-        partial = folder.with_name(f"partial-{folder.name}")
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        accelerator.wait_for_everyone()
-        if self.state.streams:
-            self.state.streams = gather_object([self.state.streams[accelerator.process_index]])
-        if self.state.step:
-            accelerator.save_state(str(partial))
-        if accelerator.is_main_process and self.state.step and self.ema is not None:
-            shadow = {str(i): value.contiguous() for i, value in enumerate(self.ema.shadow_params)}
-            save_file(shadow, partial / "ema.safetensors")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_json(partial / STATE_FILE, asdict(self.state))
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            for old in find_checkpoints(self.output_dir)[: -self.config.checkpoints_total_limit]:
-                shutil.rmtree(old)
-            if self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
-                publish_folder(folder, self.repo_id, "checkpoint", self.config.hub_token, folder.name)
-        accelerator.wait_for_everyone()
-
-    def _open_output_dir(self) -> Path | None:
-        """Check `output_dir`; the checkpoint to resume from, with the metrics cut back to it, or None."""
-        checkpoint = check_output_dir(self.config)
-        self.accelerator.wait_for_everyone()  # nobody writes before everyone has looked
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            metrics = self.output_dir / METRICS_FILE
-            if checkpoint is None:
-                metrics.unlink(missing_ok=True)
-                for old in [*self.output_dir.glob("checkpoint-*"), *self.output_dir.glob("samples")]:
-                    shutil.rmtree(old)
-            elif metrics.exists():
-                reached = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
-                lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-                metrics.write_text("".join(line for line in lines if json.loads(line)["global_step"] <= reached))
+        folder = save_checkpoint(self.accelerator, self.state, self.ema, self.config)
+        if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
+            publish_folder(folder, self.repo_id, "checkpoint", self.config.hub_token, folder.name)
         self.accelerator.wait_for_everyone()
-        return checkpoint
 
     def _unwrapped(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.model)
