@@ -9,23 +9,27 @@ from diffusers import UNet2DModel
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from diffusers_rcfd.checkpoints import write_json
+from diffusers_rcfd.checkpoints import EVALUATION_FILE
 from diffusers_rcfd.configs import CFDDistillationConfig, Rung
-from diffusers_rcfd.diffusion_trainer import check_images_fit, conditioning, data_name, sample_grid
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.feature_classifier import FeatureClassifier
+from diffusers_rcfd.generator_trainer import (
+    GeneratorTrainer,
+    check_images_fit,
+    conditioning,
+    data_name,
+    sample_grid,
+)
 from diffusers_rcfd.image_tensors import flip
 from diffusers_rcfd.losses import diversity, dual_temperature_kl, entropy, feature_kl, rcfd_loss, x0_loss
 from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.targets import ddim_target
-from diffusers_rcfd.training import Stage, Trainer
-
-EVALUATION_FILE = "evaluation.json"
+from diffusers_rcfd.training import Stage
 
 
-class CFDDistillationTrainer(Trainer):
+class CFDDistillationTrainer(GeneratorTrainer):
     """Distils a teacher into students of ever fewer steps; each rung's student is the next one's teacher.
 
     Args:
@@ -34,6 +38,7 @@ class CFDDistillationTrainer(Trainer):
         config (`CFDDistillationConfig`): the options; defaults are the paper's (appendix C.4).
         train_dataset (`torch.utils.data.Dataset`): see `Trainer`.
         student (`UNet2DModel`, *optional*): first weights of the first student; the teacher's if not given.
+        evaluator (`Evaluator`, *optional*): measures the student every `eval_steps`.
 
     Raises:
         ValueError: if step counts, images, classifier and student do not fit the teacher.
@@ -46,9 +51,10 @@ class CFDDistillationTrainer(Trainer):
         config: CFDDistillationConfig | None = None,
         train_dataset: Dataset = None,
         student: UNet2DModel | None = None,
+        evaluator: Evaluator | None = None,
     ):
         config = config or CFDDistillationConfig()
-        super().__init__(config, train_dataset)
+        super().__init__(config, train_dataset, evaluator)
         scheduler = teacher.scheduler
         self.teacher, self.student, self.classifier = teacher, student, classifier
         self.rungs = config.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
@@ -97,11 +103,11 @@ class CFDDistillationTrainer(Trainer):
         folders = [(folder, name) for folder, name in folders if (folder / "model_index.json").is_file()]
         return [*folders, (folders[-1][0], None)] if folders else []
 
-    def evaluate(self, evaluator: Evaluator, num_images: int = 50_000) -> dict[int, dict]:
+    def evaluate(self, evaluator: Evaluator | None = None, num_images: int = 50_000) -> dict[int, dict]:
         """Evaluate every finished student in its own number of steps, for the metrics file and the cards.
 
         Args:
-            evaluator (`Evaluator`): the metrics and the reference.
+            evaluator (`Evaluator`, *optional*): the metrics and the reference; the trainer's own if not given.
             num_images (`int`, defaults to 50 000): generated images of each student.
 
         Returns:
@@ -111,12 +117,11 @@ class CFDDistillationTrainer(Trainer):
         for rung in self.rungs:
             if (self.output_dir / rung.name / "model_index.json").is_file():
                 student = RCFDPipeline.from_pretrained(str(self.output_dir / rung.name)).to(self.accelerator.device)
-                result = evaluator.evaluate_pipeline(student, num_images, progress=False)
+                result = (evaluator or self.evaluator).evaluate_pipeline(student, num_images)
                 results[rung.student_steps] = result.to_dict()
-                values = {metric.label: metric.value for metric in result.metrics.values()}
-                self.write_metrics({"stage": rung.name, **values})
-        if self.accelerator.is_main_process:
-            write_json(self.output_dir / EVALUATION_FILE, results)
+                self.write_metrics({"stage": rung.name, **result.named_values})
+                if self.accelerator.is_main_process:
+                    self.record_evaluation(rung.student_steps, result)
         return results
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
@@ -141,9 +146,9 @@ class CFDDistillationTrainer(Trainer):
         )
         write_model_card(folder, run, existing)
 
-    def sample_images(self, stage: Stage) -> torch.Tensor:
-        """The student's samples in its own number of steps, from noise that is the same at every call."""
-        return sample_grid(RCFDPipeline(self._unwrapped(), self.scheduler), self.config)
+    def sampler(self) -> tuple[RCFDPipeline, None]:
+        """The student, in its own number of steps."""
+        return RCFDPipeline(self._unwrapped(), self.scheduler), None
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise, steps k uniform on the student's grid 1..N, and which images to mirror."""

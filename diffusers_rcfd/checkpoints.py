@@ -16,6 +16,7 @@ from diffusers_rcfd.configs import TrainingConfig
 STATE_FILE = "trainer_state.json"
 EMA_FILE = "ema.safetensors"
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass
@@ -27,6 +28,7 @@ class TrainerState:
     global_step: int = 0
     seconds: float = 0.0  # of training, over all sessions
     window: dict[str, float] = field(default_factory=dict)  # sums of the loss terms since the last line of metrics
+    best: float | None = None  # score of the stage's best evaluation, higher is better
     # Of a streaming data set, for each process: the epoch it reads, and the stage's batches before that epoch.
     streams: list[list[int]] = field(default_factory=list)
 
@@ -74,9 +76,11 @@ def open_output_dir(accelerator: Accelerator, config: TrainingConfig) -> Path | 
         output_dir.mkdir(parents=True, exist_ok=True)
         metrics = output_dir / METRICS_FILE
         if checkpoint is None:
-            metrics.unlink(missing_ok=True)
-            for old in [*output_dir.glob("checkpoint-*"), *output_dir.glob("samples")]:
-                shutil.rmtree(old)
+            for old in (metrics, output_dir / EVALUATION_FILE):
+                old.unlink(missing_ok=True)
+            for pattern in ("checkpoint-*", "samples", "best"):
+                for old in output_dir.glob(pattern):
+                    shutil.rmtree(old)
         elif metrics.exists():
             reached = read_state(checkpoint).global_step
             lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]

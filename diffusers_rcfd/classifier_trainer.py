@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from diffusers_rcfd.configs import ClassifierConfig
-from diffusers_rcfd.diffusion_trainer import data_name
 from diffusers_rcfd.feature_classifier import FeatureClassifier
+from diffusers_rcfd.generator_trainer import data_name
 from diffusers_rcfd.image_tensors import flip, shift_crop, to_model_range
 from diffusers_rcfd.model_card import classifier_card
 from diffusers_rcfd.training import Stage, Trainer
@@ -77,10 +77,16 @@ class ClassifierTrainer(Trainer):
             self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
         return self.classifier.eval()
 
+    def evaluate_model(self, stage: Stage) -> None:
+        """Measure the held-out accuracy."""
+        if self.accelerator.is_main_process:
+            self.accuracy = self.evaluate()
+            self.write_metrics({"stage": stage.name, "step": self.state.step, "held_out_accuracy": self.accuracy})
+
     def finish_stage(self, stage: Stage) -> None:
-        """Measure the held-out accuracy and save."""
-        self.accuracy = self.evaluate()
-        self.write_metrics({"stage": stage.name, "step": self.state.step, "held_out_accuracy": self.accuracy})
+        """Measure the held-out accuracy, if the last step did not, and save."""
+        if not self.config.eval_steps:
+            self.evaluate_model(stage)
         self.classifier.save_pretrained(str(self.output_dir))
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:

@@ -140,6 +140,7 @@ class TrainingConfig:
     dataloader_num_workers: int = option(0, "Processes that decode images; not needed for data that fit in memory.")
     seed: int = option(0, "Seed of everything random.")
     logging_steps: int = option(50, "Steps between two lines of metrics.")
+    eval_steps: int = option(0, "Steps between two evaluations while training; 0 makes none.")
     sample_steps: int = option(0, "Steps between two sample grids from fixed noise; 0 draws none.")
     num_sample_images: int = option(64, "Images in a sample grid.")
     checkpointing_steps: int = option(1000, "Steps between two checkpoints; 0 writes them only between rungs.")
@@ -160,7 +161,8 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images"):
             require(_is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "sample_steps", "checkpointing_steps"):
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "eval_steps", "sample_steps",
+                     "checkpointing_steps"):  # fmt: skip
             require(_is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 0")
         require(
             _is_count(self.checkpoints_total_limit, 1),
@@ -192,7 +194,23 @@ class TrainingConfig:
 
 
 @dataclass
-class DiffusionConfig(TrainingConfig):
+class GeneratorConfig(TrainingConfig):
+    """What the trainers of generators share."""
+
+    eval_num_images: int = option(5000, "Images of an evaluation while training.")
+    best_metric: str = option("fd", f"Metric by which the best weights are kept in `best/`: of {METRICS}.")
+    load_best_model_at_end: bool = option(False, "The best weights are the result, not the last ones.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("eval_num_images", self.eval_num_images, 2)
+        require(self.best_metric in METRICS, "best_metric", self.best_metric, f"one of {METRICS}")
+        best = self.load_best_model_at_end
+        require(not best or self.eval_steps > 0, "load_best_model_at_end", best, "False where `eval_steps` is 0")
+
+
+@dataclass
+class DiffusionConfig(GeneratorConfig):
     """Base training, with the paper's appendix C.3 as defaults."""
 
     max_train_steps: int = option(800_000, "Optimizer steps.")
@@ -269,7 +287,7 @@ class Rung:
 
 
 @dataclass
-class CFDDistillationConfig(TrainingConfig):
+class CFDDistillationConfig(GeneratorConfig):
     """A ladder of students, each the next one's teacher, with the paper's appendix C.4 as defaults.
 
     Options said to be for each rung take one value for all, or as many as `student_steps` has.

@@ -90,6 +90,15 @@ class EvaluationResult:
     def __getitem__(self, metric: str) -> float:
         return self.metrics[metric].value
 
+    def score(self, metric: str) -> float:
+        """A metric with the sign that makes higher better."""
+        return -self[metric] if metric in ("fd", "kid") else self[metric]
+
+    @property
+    def named_values(self) -> dict[str, float]:
+        """The numbers alone, by the names they are reported under."""
+        return {metric.label: metric.value for metric in self.metrics.values()}
+
     def __str__(self) -> str:
         values = [
             f"{m.label} {m.value:.4g} [{m.confidence_interval[0]:.4g}, {m.confidence_interval[1]:.4g}]"

@@ -99,6 +99,12 @@ class Trainer:
     def finish_stage(self, stage: Stage) -> None:
         """Save the result of a stage; its model holds the final (averaged) weights."""
 
+    def evaluate_model(self, stage: Stage) -> None:
+        """Measure the model under training, which holds its averaged weights; called every `eval_steps`."""
+
+    def choose_weights(self, stage: Stage) -> None:
+        """Put other weights than the last ones into the model of a stage that is done."""
+
     def sample_images(self, stage: Stage) -> torch.Tensor | None:
         """Images (B, C, H, W) in [0, 1] from fixed noise for the sample grid, or None."""
 
@@ -161,6 +167,9 @@ class Trainer:
             last = state.step == stage.max_train_steps
             if state.step % config.logging_steps == 0 or last:
                 sums = self._log(stage, sums, lr_scheduler.get_last_lr()[0], bar)
+            if config.eval_steps and (state.step % config.eval_steps == 0 or last):
+                with self._averaged_weights():
+                    self.evaluate_model(stage)
             if config.sample_steps and (state.step % config.sample_steps == 0 or last):
                 self._save_samples(stage)
             if config.checkpointing_steps and state.step % config.checkpointing_steps == 0 and not last:
@@ -293,13 +302,15 @@ class Trainer:
         stage.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
         self.accelerator.free_memory()
         self.model = stage.model
+        self.choose_weights(stage)
         self.state.seconds = self._seconds()
         if self.accelerator.is_main_process:
             self.finish_stage(stage)
             if self.config.push_to_hub and self.config.hub_strategy != "end":
                 self.push_to_hub()
         self.accelerator.wait_for_everyone()
-        self.state.stage, self.state.step, self.state.window, self.state.streams = stage.index + 1, 0, {}, []
+        self.state.stage, self.state.step, self.state.best = stage.index + 1, 0, None
+        self.state.window, self.state.streams = {}, []
         self._save_checkpoint()  # small: that the stage is done
 
     def _save_checkpoint(self) -> None:

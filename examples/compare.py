@@ -20,9 +20,7 @@ class Contest:
     """What to compare."""
 
     base: str | None = option(None, "Base model: a folder or Hub id, sampled with each of `samplers`.")
-    samplers: list[str] = option(
-        ["ddim", "pndm", "dpm++2m", "unipc"], f"Stock samplers of the base: {STOCK_SAMPLERS}."
-    )
+    samplers: list[str] = option(["ddim", "pndm", "dpm++2m", "unipc"], f"Stock samplers: of {STOCK_SAMPLERS}.")
     evaluations: list[int] = option([8, 4, 2, 1], "Network evaluations of the base.")
     students: list[str] = option([], "Distilled pipelines: folders or Hub ids, each as NAME=PLACE or PLACE.")
     output_dir: str = option("comparison", "Folder for the table, the numbers and the pictures.")

@@ -88,7 +88,7 @@ def run(job, data, base, classifier, evaluator, distillation):
     from diffusers_rcfd.cfd_trainer import check_classifier_fits
     from diffusers_rcfd.checkpoints import check_output_dir
     from diffusers_rcfd.comparison import Contender, compare, markdown_table, save_comparison, save_comparison_grid
-    from diffusers_rcfd.diffusion_trainer import check_images_fit
+    from diffusers_rcfd.generator_trainer import check_images_fit
 
     accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
@@ -107,8 +107,12 @@ def run(job, data, base, classifier, evaluator, distillation):
     scheduler = RCFDScheduler() if teacher is None else teacher.scheduler
     rungs = distillation.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
     guided = [rung for rung in rungs if rung.objective != "pd"]
-    if teacher is not None:
-        check_images_fit(teacher, images)
+    unet = None
+    if teacher is None:
+        torch.manual_seed(distillation.seed)
+        num_class_embeds = images.num_classes if job.class_conditional else None
+        unet = build_unet(job.unet_preset, dropout=job.dropout, num_class_embeds=num_class_embeds)
+    check_images_fit(teacher or RCFDPipeline(unet, scheduler), images)
     if guide is not None:
         check_classifier_fits(guide, images.image_shape[0], rungs, distillation)
     if images.num_classes is None and (judge is None or (guide is None and guided)):
@@ -122,15 +126,7 @@ def run(job, data, base, classifier, evaluator, distillation):
             config, **shared | {"output_dir": str(output_dir / folder), "seed": shared["seed"] + seed_offset}
         )
 
-    # 1. The base model.
-    if teacher is None:
-        torch.manual_seed(distillation.seed)
-        num_class_embeds = images.num_classes if job.class_conditional else None
-        unet = build_unet(job.unet_preset, dropout=job.dropout, num_class_embeds=num_class_embeds)
-        DiffusionTrainer(unet, scheduler, inside(base, "base"), images).train()
-        teacher = RCFDPipeline.from_pretrained(output_dir / "base")
-
-    # 2. The classifier whose features are distilled, and another that only measures.
+    # 1. The classifier that only measures, and the one whose features are distilled.
     def train_classifier(config, backbone, folder, seed_offset):
         torch.manual_seed(distillation.seed + seed_offset)
         network = FeatureClassifier(
@@ -138,14 +134,27 @@ def run(job, data, base, classifier, evaluator, distillation):
         )
         return ClassifierTrainer(network, inside(config, folder, seed_offset), images).train()
 
-    if guide is None and guided:
-        guide = train_classifier(classifier, job.backbone, "classifier", 1000)
     if judge is None:
         judge = train_classifier(evaluator, job.evaluator_backbone, "evaluator", 2000)
+    if guide is None and guided:
+        guide = train_classifier(classifier, job.backbone, "classifier", 1000)
+    measure = Evaluator(
+        judge,
+        images,
+        name=f"{judge.config.backbone}-{Path(data.dataset).name}",
+        accelerator=accelerator,
+        batch_size=job.eval_batch_size,
+        seed=distillation.seed,
+    )
+
+    # 2. The base model.
+    if teacher is None:
+        DiffusionTrainer(unet, scheduler, inside(base, "base"), images, evaluator=measure).train()
+        teacher = RCFDPipeline.from_pretrained(output_dir / "base")
 
     # 3. The ladder, and by pd the rungs that the classifier guided.
     ladder = replace(inside(distillation, "students"), hub_model_id=distillation.hub_model_id or output_dir.name)
-    CFDDistillationTrainer(teacher, guide, ladder, images).train()
+    CFDDistillationTrainer(teacher, guide, ladder, images, evaluator=measure).train()
     students = {rung: output_dir / "students" / rung.name for rung in rungs}
     if job.compare_with_pd and guided:
         by_pd = replace(
@@ -161,7 +170,7 @@ def run(job, data, base, classifier, evaluator, distillation):
         )
         above = [rung for rung in rungs if rung.student_steps > guided[0].student_steps]
         pd_teacher = RCFDPipeline.from_pretrained(students[above[-1]]) if above else teacher
-        pd_trainer = CFDDistillationTrainer(pd_teacher, None, by_pd, images)
+        pd_trainer = CFDDistillationTrainer(pd_teacher, None, by_pd, images, evaluator=measure)
         pd_trainer.train()
         students |= {rung: output_dir / "students-pd" / rung.name for rung in pd_trainer.rungs}
 
@@ -175,14 +184,6 @@ def run(job, data, base, classifier, evaluator, distillation):
             contenders.append(Contender(rung.objective.upper(), rung.student_steps, student))
     for contender in contenders:
         contender.pipeline.to(accelerator.device)
-    measure = Evaluator(
-        judge,
-        images,
-        name=f"{judge.config.backbone}-{Path(data.dataset).name}",
-        accelerator=accelerator,
-        batch_size=job.eval_batch_size,
-        seed=distillation.seed,
-    )
     rows = compare(contenders, measure, job.num_eval_images, seed=distillation.seed)
     if accelerator.is_main_process:
         save_comparison(rows, output_dir)

@@ -26,7 +26,7 @@ ALLOWED_IMPORTS = {
     "targets": {"scheduling_rcfd"},
     "unet_presets": set(),
 }
-TRAINERS = {"training", "diffusion_trainer", "classifier_trainer", "cfd_trainer"}
+TRAINERS = {"generator_trainer", "training", "diffusion_trainer", "classifier_trainer", "cfd_trainer"}
 
 # Distributions whose import name is not their own name.
 DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml"}
