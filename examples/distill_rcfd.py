@@ -62,10 +62,16 @@ GROUPS = (
 )
 
 
-def main():
+def read_options(args: list[str] | None = None):
+    """The options of the job, from the command line and its recipe."""
     recipes = Path(__file__).parent / "configs"
     ladder = {"student_steps": PER_RUNG}  # a ladder of one's own has as many values as it has rungs, not the recipe's
-    run(*parse_options(*GROUPS, description=__doc__, recipes=recipes, default_recipe="digits", overridden=ladder))
+    groups = {"description": __doc__, "recipes": recipes, "default_recipe": "digits", "overridden": ladder}
+    return parse_options(*GROUPS, **groups, args=args)
+
+
+def main(args: list[str] | None = None):
+    run(*read_options(args))
 
 
 def run(job, data, base, classifier, evaluator, distillation):
