@@ -29,22 +29,24 @@ class RandomBatches(Sampler):
         seed (`int`): of the shuffling.
         first (`int`, defaults to 0): number of the first batch.
         process_index, num_processes (`int`, default to 0 and 1): whose share of each batch.
+        together (`int`, defaults to 1): batches of an optimizer step, of which an epoch holds whole ones if it can.
     """
 
-    def __init__(self, num_images, batch_size, seed, first=0, process_index=0, num_processes=1):
+    def __init__(self, num_images, batch_size, seed, first=0, process_index=0, num_processes=1, together=1):
         self.num_images, self.batch_size, self.seed, self.first = num_images, batch_size, seed, first
-        self.process_index, self.num_processes = process_index, num_processes
+        self.process_index, self.num_processes, self.together = process_index, num_processes, together
 
     def __iter__(self):
-        together = self.batch_size * self.num_processes
-        batches_per_epoch = self.num_images // together
+        images = self.batch_size * self.num_processes  # of a batch that is common to all
+        batches_per_epoch = self.num_images // images
+        batches_per_epoch -= batches_per_epoch % self.together if batches_per_epoch >= self.together else 0
         epoch = None
         for number in itertools.count(self.first):
             if epoch != number // batches_per_epoch:
                 epoch = number // batches_per_epoch
                 generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
                 order = torch.randperm(self.num_images, generator=generator)
-            start = number % batches_per_epoch * together + self.process_index * self.batch_size
+            start = number % batches_per_epoch * images + self.process_index * self.batch_size
             yield order[start : start + self.batch_size].tolist()
 
 
@@ -66,7 +68,8 @@ def endless_batches(
         batches = streamed_batches(stream, config.train_batch_size, first, state.streams[process], loader_options)
     else:
         seed = derived_seed(config.seed, state.stage)
-        order = RandomBatches(len(dataset), config.train_batch_size, seed, first, process, processes)
+        together = config.gradient_accumulation_steps
+        order = RandomBatches(len(dataset), config.train_batch_size, seed, first, process, processes, together)
         batches = DataLoader(dataset, batch_sampler=order, **loader_options)
     for batch in batches:
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}

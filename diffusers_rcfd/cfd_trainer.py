@@ -1,18 +1,20 @@
 """Distillation into few steps: progressive distillation, CFD and RCFD, down a whole ladder of students."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from diffusers_rcfd.checkpoints import EVALUATION_FILE
+from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
 from diffusers_rcfd.configs import CFDDistillationConfig, Rung
 from diffusers_rcfd.evaluation import Evaluator
-from diffusers_rcfd.feature_classifier import FeatureClassifier
+from diffusers_rcfd.feature_classifier import FeatureClassifier, FeatureClassifierOutput
 from diffusers_rcfd.generator_trainer import (
     GeneratorTrainer,
     check_images_fit,
@@ -21,12 +23,23 @@ from diffusers_rcfd.generator_trainer import (
     sample_grid,
 )
 from diffusers_rcfd.image_tensors import flip
-from diffusers_rcfd.losses import diversity, dual_temperature_kl, entropy, feature_kl, rcfd_loss, x0_loss
+from diffusers_rcfd.losses import (
+    diversity,
+    dual_temperature_kl,
+    entropy,
+    feature_kl,
+    log_mean_prediction,
+    rcfd_loss,
+    wide,
+    x0_loss,
+)
 from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.targets import ddim_target
 from diffusers_rcfd.training import Stage
+
+COLLAPSED = 0.05  # share of the teacher's variety
 
 
 class CFDDistillationTrainer(GeneratorTrainer):
@@ -61,8 +74,9 @@ class CFDDistillationTrainer(GeneratorTrainer):
         check_images_fit(teacher, train_dataset)
         self._check_student()
         check_classifier_fits(classifier, teacher.image_shape[0], self.rungs, config)
-        self.rung = self.rungs[0]
+        self.rung, self.log_p_mean, self.collapsed = self.rungs[0], None, False
         self.teacher_name = teacher.config.get("_name_or_path")
+        self._architecture = architecture(student or teacher.unet)
 
     def _check_student(self) -> None:
         if self.student is None:
@@ -87,6 +101,11 @@ class CFDDistillationTrainer(GeneratorTrainer):
             without_dropout(student).requires_grad_(True)
             yield Stage(self.rung.name, index, student, self.rung.max_train_steps)
             self.teacher = RCFDPipeline(self.model, self.scheduler)
+
+    def made_by(self) -> dict[str, Any]:
+        """Also by this network and these rungs."""
+        ladder = [f"{rung.student_steps} steps from {rung.teacher_steps} by {rung.objective}" for rung in self.rungs]
+        return super().made_by() | self._architecture | {"ladder": ladder}
 
     def train(self) -> RCFDPipeline:
         """Run the ladder; each student is saved as `output_dir/N-step`, and the last one is returned."""
@@ -167,25 +186,38 @@ class CFDDistillationTrainer(GeneratorTrainer):
                 "labels" (B,) for a class-conditional teacher.
 
         Returns:
-            `dict`: scalars "loss" and, for cfd and rcfd, "cfd", "entropy" and "diversity".
+            `dict`: scalars "loss"; for cfd and rcfd "cfd" and those of `spread`; for rcfd "entropy" and "diversity".
         """
-        scheduler, rung, k = self.scheduler, self.rung, batch["k"]
+        scheduler, rung = self.scheduler, self.rung
         labels = conditioning(self.teacher, batch)
-        x0 = flip(batch["images"], batch["flip"])
-        t = scheduler.step_table(rung.student_steps, like=x0)[0][k]
-        z_t = scheduler.add_noise(x0, batch["noise"], t)
 
         def teacher(z, t):
             with self.accelerator.autocast():
                 prediction = self.teacher.unet(z, t, labels).sample
-            return scheduler.predict_x0(prediction.float(), z, t)
+            return scheduler.predict_x0(wide(prediction), z, t)
 
-        x0_target = ddim_target(teacher, scheduler, z_t, k, rung.student_steps, rung.teacher_steps)
-        x0_pred = scheduler.predict_x0(self.model(z_t, t, labels).sample, z_t, t)
+        x0_pred, z_t, t = self._predict(batch)
+        x0_target = ddim_target(teacher, scheduler, z_t, batch["k"], rung.student_steps, rung.teacher_steps)
         if rung.objective == "pd":
             alpha, sigma = scheduler.alpha_sigma(t, z_t)
             return {"loss": x0_loss(x0_pred, x0_target, alpha, sigma, self.config.loss_weighting).mean()}
         return self._feature_terms(x0_pred, x0_target)
+
+    def prepare_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """The mean prediction over all batches of a step: the diversity of many (Eq. 6) is no mean of theirs."""
+        self.log_p_mean = None
+        if len(batches) > 1 and self.rung.regularization_weight * (1 - self.rung.entropy_ratio) > 0:
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = [self.classifier(self._predict(batch)[0]).logits for batch in batches]
+                self.log_p_mean = log_mean_prediction(torch.cat(logits))
+
+    def _predict(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The student's x0, what it was predicted from, z_t, both (B, C, H, W), and t (B,)."""
+        scheduler = self.scheduler
+        x0 = flip(batch["images"], batch["flip"])
+        t = scheduler.step_table(self.rung.student_steps, like=x0)[0][batch["k"]]
+        z_t = scheduler.add_noise(x0, batch["noise"], t)
+        return scheduler.predict_x0(self.model(z_t, t, conditioning(self.teacher, batch)).sample, z_t, t), z_t, t
 
     def _feature_terms(self, x0_pred: torch.Tensor, x0_target: torch.Tensor) -> dict[str, torch.Tensor]:
         """CFD, entropy and diversity of the student's x0 against the teacher's (Eq. 4 to 8)."""
@@ -200,18 +232,50 @@ class CFDDistillationTrainer(GeneratorTrainer):
             else (student.logits, teacher.logits)
         )
         kl = dual_temperature_kl if config.dual_temperature else feature_kl
-        cfd = kl(of_student, of_teacher, rung.temperature).mean()
-        if rung.objective == "cfd":
-            return {"loss": config.cfd_weight * cfd, "cfd": cfd}
-        terms = {"cfd": cfd, "entropy": entropy(student.logits).mean(), "diversity": diversity(student.logits)}
-        loss = rcfd_loss(
-            config.cfd_weight * cfd,
-            terms["entropy"],
-            terms["diversity"],
-            rung.regularization_weight,
-            rung.entropy_ratio,
-        )
-        return {"loss": loss, **terms}
+        terms = {"cfd": kl(of_student, of_teacher, rung.temperature).mean()}
+        loss = config.cfd_weight * terms["cfd"]
+        if rung.objective == "rcfd":
+            terms |= {
+                "entropy": entropy(student.logits).mean(),
+                "diversity": diversity(student.logits, self.log_p_mean),
+            }
+            loss = rcfd_loss(
+                loss, terms["entropy"], terms["diversity"], rung.regularization_weight, rung.entropy_ratio
+            )
+        return {"loss": loss, **terms, **spread(student, teacher)}
+
+    def write_metrics(self, values: dict[str, Any]) -> None:
+        """As `Trainer` does, with "collapsed", 1 where the student shows a small share of its teacher's variety."""
+        if "feature_variance_ratio" in values:
+            smallest = min(values["feature_variance_ratio"], values["class_entropy_ratio"])
+            if smallest < COLLAPSED and not self.collapsed:
+                warnings.warn(
+                    f"The student of {values['stage']} has collapsed by step {values['step']}: it shows "
+                    f"{smallest:.2g} of its teacher's variety (metrics feature_variance_ratio, class_entropy_ratio).",
+                    stacklevel=2,
+                )
+            self.collapsed = self.collapsed or smallest < COLLAPSED
+            values = values | {"collapsed": int(smallest < COLLAPSED)}
+        super().write_metrics(values)
+
+
+@torch.no_grad()
+def spread(student: FeatureClassifierOutput, teacher: FeatureClassifierOutput) -> dict[str, torch.Tensor]:
+    """Variety of a student's x0 as a share of its teacher's, about 1 when all is well and near 0 when it collapses.
+
+    Args:
+        student, teacher (`FeatureClassifierOutput`): features (B, D) and logits (B, K) of the two x0.
+
+    Returns:
+        `dict`: scalars "feature_variance_ratio", variance over the batch, mean over the features; and
+        "class_entropy_ratio", entropy of the mean prediction over the batches of all processes.
+    """
+    variance = [wide(output.features).var(0, correction=0).mean() + 1e-12 for output in (student, teacher)]
+    entropies = [1e-3 - diversity(output.logits) for output in (student, teacher)]
+    return {
+        "feature_variance_ratio": variance[0] / variance[1],
+        "class_entropy_ratio": entropies[0] / entropies[1],
+    }
 
 
 def without_dropout(unet: UNet2DModel) -> UNet2DModel:

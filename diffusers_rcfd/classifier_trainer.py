@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from diffusers_rcfd.checkpoints import architecture
 from diffusers_rcfd.configs import ClassifierConfig
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.generator_trainer import data_name
@@ -52,8 +54,13 @@ class ClassifierTrainer(Trainer):
         """The classifier is the only stage."""
         if first == 0:
             yield Stage("classifier", 0, self.classifier, self.config.max_train_steps)
+            self.classifier = self.model
         else:
             self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
+
+    def made_by(self) -> dict[str, Any]:
+        """Also by this network."""
+        return super().made_by() | architecture(self.classifier)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """How far to shift each image, and which ones to mirror."""
@@ -85,6 +92,7 @@ class ClassifierTrainer(Trainer):
 
     def finish_stage(self, stage: Stage) -> None:
         """Measure the held-out accuracy, if the last step did not, and save."""
+        self.classifier = stage.model
         if not self.config.eval_steps:
             self.evaluate_model(stage)
         self.classifier.save_pretrained(str(self.output_dir))

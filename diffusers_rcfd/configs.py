@@ -134,6 +134,9 @@ class TrainingConfig:
     optimizer: str = option("adam", f"One of {OPTIMIZERS}; sgd has momentum 0.9.")
     weight_decay: float = option(0.0, "Weight decay of the optimizer.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 does not clip.")
+    max_skipped_steps: int = option(
+        10, "A step with a loss or gradient that is not finite is skipped; so many in a row end the run."
+    )
     mixed_precision: str = option("no", f"Number type of the networks, one of {MIXED_PRECISIONS}; losses are float32.")
     ema_decay: float = option(0.0, "Decay of the moving average of the weights, which is what is saved; 0 keeps none.")
     random_flip: bool = option(False, "Mirror each image with probability 1/2.")
@@ -159,17 +162,12 @@ class TrainingConfig:
     )
 
     def __post_init__(self):
-        for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images"):
+        positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images")
+        for name in (*positive, "max_skipped_steps", "checkpoints_total_limit"):
             require(_is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
         for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "eval_steps", "sample_steps",
                      "checkpointing_steps"):  # fmt: skip
             require(_is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 0")
-        require(
-            _is_count(self.checkpoints_total_limit, 1),
-            "checkpoints_total_limit",
-            self.checkpoints_total_limit,
-            "a positive integer",
-        )
         for steps in self.max_train_steps if isinstance(self.max_train_steps, list) else [self.max_train_steps]:
             require(_is_count(steps, 1), "max_train_steps", steps, "a positive integer")
         require(
@@ -312,8 +310,8 @@ class CFDDistillationConfig(GeneratorConfig):
     temperature: list[float] | None = option(None, "tau in (0, 1], for each rung: sharpens the teacher's features.")
     regularization_weight: list[float] | None = option(
         None,
-        "beta, for each rung: weight of entropy and diversity (rcfd). The diversity term's mean runs over the batches "
-        "of all processes, but over each batch of a gradient accumulation by itself.",
+        "beta, for each rung: weight of entropy and diversity (rcfd). The diversity term's mean runs over the whole "
+        "batch of an optimizer step, of all processes and accumulated batches, which those cost a forward pass more.",
     )
     entropy_ratio: list[float] | None = option(None, "gamma in [0, 1], for each rung: entropy's share of that weight.")
     max_train_steps: list[int] | None = option(

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from diffusers_rcfd.checkpoints import EVALUATION_FILE
+from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
 from diffusers_rcfd.configs import DiffusionConfig
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.generator_trainer import (
@@ -56,8 +57,13 @@ class DiffusionTrainer(GeneratorTrainer):
         """The base model is the only stage."""
         if first == 0:
             yield Stage("base", 0, self.pipeline.unet, self.config.max_train_steps)
+            self.pipeline = RCFDPipeline(self.model, self.pipeline.scheduler)
         else:
             self.pipeline = RCFDPipeline.from_pretrained(str(self.output_dir))
+
+    def made_by(self) -> dict[str, Any]:
+        """Also by this network."""
+        return super().made_by() | architecture(self.pipeline.unet)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise, noise levels t uniform on 0..T, and which images to mirror."""
@@ -85,6 +91,7 @@ class DiffusionTrainer(GeneratorTrainer):
 
     def finish_stage(self, stage: Stage) -> None:
         """Save the pipeline."""
+        self.pipeline = RCFDPipeline(stage.model, self.pipeline.scheduler)
         self.pipeline.save_pretrained(self.output_dir)
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """The few-step generator: a U-Net and an RCFDScheduler."""
 
 import inspect
+import shutil
 from pathlib import Path
 
 import torch
@@ -161,15 +162,29 @@ class RCFDPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory, **kwargs):
         """Save as a stock `DDIMPipeline` in safetensors, with this class beside it as `pipeline.py`.
 
+        Files take their place once all are written: a failure, such as a full disk, leaves what was there before.
+
         Args:
             save_directory (`str` or `os.PathLike`): the folder, made if it is missing.
             kwargs: passed to `DiffusionPipeline.save_pretrained` (`push_to_hub`, `variant`, ...).
         """
         save_directory = Path(save_directory)
-        save_directory.mkdir(parents=True, exist_ok=True)
-        (save_directory / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
+        partial = save_directory / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         stock = DDIMPipeline(unet=self.unet, scheduler=self.scheduler.to_ddim())
-        stock.save_pretrained(str(save_directory), **kwargs)
+        try:
+            stock.save_pretrained(str(partial), **kwargs | {"push_to_hub": False})
+            (partial / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
+            written = [path for path in partial.rglob("*") if path.is_file()]
+            for path in sorted(written, key=lambda path: path.name == "model_index.json"):  # which says it is whole
+                place = save_directory / path.relative_to(partial)
+                place.parent.mkdir(exist_ok=True)
+                path.replace(place)
+        finally:
+            shutil.rmtree(partial)
+        if kwargs.get("push_to_hub"):
+            stock.save_pretrained(str(save_directory), **kwargs)
 
 
 def pipeline_source() -> str:

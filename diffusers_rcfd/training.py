@@ -5,6 +5,7 @@ levels and the dropout. A resumed run therefore repeats the run that was never s
 of B / p draw what one process with batches of B draws.
 """
 
+import copy
 import json
 import platform
 import time
@@ -18,7 +19,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset, IterableDataset
@@ -32,10 +38,15 @@ from diffusers_rcfd.checkpoints import (
     open_output_dir,
     read_state,
     save_checkpoint,
+    whole,
+    window_of,
     write_json,
 )
 from diffusers_rcfd.configs import TrainingConfig
 from diffusers_rcfd.hub import open_repository, publish_folder, read_card
+from diffusers_rcfd.interruption import Interruption, host_group, largest_of_all
+from diffusers_rcfd.optimization import average_step, backward, begin_momentum, build_optimizer, clip_gradients
+from diffusers_rcfd.skipped_steps import SkippedSteps, without_skipped
 
 
 @dataclass
@@ -75,6 +86,12 @@ class Trainer:
         self.model = None  # of the stage under way, prepared by Accelerate
         self.ema = None
         self.repo_id = None
+        self.checkpoint = None  # the last one written, or resumed from
+        for name in ("sample_steps", "eval_steps"):
+            if self.accelerator.is_fsdp2 and getattr(config, name) > 0:
+                raise ValueError(
+                    f"`{name}` must be 0 with FSDP, where no process has all the weights, got {getattr(config, name)}."
+                )
         together = config.train_batch_size * self.accelerator.num_processes
         if not isinstance(train_dataset, IterableDataset) and len(train_dataset) < together:
             raise ValueError(
@@ -87,6 +104,19 @@ class Trainer:
     def stages(self, first: int) -> Iterator[Stage]:
         """The models to train, one after another, from stage `first` on."""
         raise NotImplementedError
+
+    def made_by(self) -> dict[str, Any]:
+        """What a checkpoint must have been made by for this trainer to go on from it, by name."""
+        accelerator, made_by = self.accelerator, {"trainer": type(self).__name__}
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded:
+            made_by["engine"] = accelerator.distributed_type.value
+        if sharded or isinstance(self.train_dataset, IterableDataset):
+            made_by["num_processes"] = accelerator.num_processes
+        return made_by
+
+    def prepare_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Look at all batches of an optimizer step, before `compute_loss` sees one after another."""
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The random numbers that `compute_loss` needs for a batch, each (batch_size, ...), by name."""
@@ -114,10 +144,15 @@ class Trainer:
         """Train every stage, from the beginning or from a checkpoint.
 
         Raises:
-            ValueError: if `output_dir` is not empty and neither resumed from nor overwritten.
-            FileNotFoundError: if `resume_from_checkpoint` names no whole checkpoint.
+            ValueError: if `output_dir` is not empty and neither resumed from nor overwritten, or a checkpoint is
+                damaged or of another run; also where the data set raises one.
+            FileNotFoundError: if `resume_from_checkpoint` names no checkpoint.
+            FloatingPointError: if loss or gradient were not finite for `max_skipped_steps` in a row.
+            RuntimeError: if the data set fails; a checkpoint is saved first.
+            OSError: if a checkpoint cannot be written; those before it are whole.
+            SystemExit: with 128 + 15 or 128 + 2, after SIGTERM or SIGINT; a checkpoint is saved first.
         """
-        checkpoint = open_output_dir(self.accelerator, self.config)
+        checkpoint = self.checkpoint = open_output_dir(self.accelerator, self.config, self.made_by())
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.open_repository()  # a wrong token is found now, not after days
         if checkpoint is not None:
@@ -125,9 +160,13 @@ class Trainer:
         self._record_run()
         began = time.perf_counter() - self.state.seconds
         self._seconds = lambda: time.perf_counter() - began
-        for stage in self.stages(self.state.stage):
-            self._run_stage(stage, checkpoint)
-            checkpoint = None
+        self._host_group = host_group(self.accelerator)
+        with Interruption() as self._interruption:
+            for stage in self.stages(self.state.stage):
+                self._run_stage(stage, checkpoint)
+                checkpoint = None
+            if self._interruption.signal:
+                raise SystemExit(128 + self._interruption.signal)
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.push_to_hub()
         for tracker in self.accelerator.trackers:  # not `end_training`, after which no other trainer could follow
@@ -144,37 +183,31 @@ class Trainer:
             unit="step",
             **({} if accelerator.is_local_main_process else {"disable": True}),  # TQDM_DISABLE has its say
         )
-        sums = {name: torch.tensor(value, device=accelerator.device) for name, value in state.window.items()}
+        skipped = SkippedSteps(config.max_skipped_steps, accelerator.scaler)
+        window = window_of(state, accelerator.process_index, accelerator.num_processes)
+        sums = {name: torch.tensor(value, device=accelerator.device) for name, value in window.items()}
         while state.step < stage.max_train_steps:
-            for draws in self._draws(stage):
-                with accelerator.accumulate(self.model):
-                    terms = self.compute_loss(next(batches) | draws)
-                    accelerator.backward(terms["loss"])
-                    if accelerator.sync_gradients and config.max_grad_norm > 0:
-                        terms["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-                    optimizer.step()
-                    lr_scheduler.step()
-                    optimizer.zero_grad()
-                for name, term in terms.items():
-                    term = term.detach().float() / (1 if name == "grad_norm" else config.gradient_accumulation_steps)
-                    sums[name] = sums[name] + term if name in sums else term
-            if self.ema is not None:
-                self.ema.step(self._unwrapped().parameters())
+            step_batches = self._next_step(stage, batches, sums)
+            terms = self._train_step(step_batches, optimizer, lr_scheduler)
+            sums = skipped.add(terms, sums)
             state.step += 1
             state.global_step += 1
             bar.update()
 
             last = state.step == stage.max_train_steps
-            if state.step % config.logging_steps == 0 or last:
-                sums = self._log(stage, sums, lr_scheduler.get_last_lr()[0], bar)
+            logging = state.step % config.logging_steps == 0 or last
+            if logging or accelerator.device.type == "cpu":
+                skipped.check(f"step {state.step} of {stage.name}", self.checkpoint)
+            if logging:
+                steps = (state.step - 1) % config.logging_steps + 1
+                sums = self._log(stage, without_skipped(sums, steps), lr_scheduler.get_last_lr()[0], bar)
             if config.eval_steps and (state.step % config.eval_steps == 0 or last):
                 with self._averaged_weights():
                     self.evaluate_model(stage)
             if config.sample_steps and (state.step % config.sample_steps == 0 or last):
                 self._save_samples(stage)
             if config.checkpointing_steps and state.step % config.checkpointing_steps == 0 and not last:
-                state.window = {name: value.item() for name, value in sums.items()}
-                self._save_checkpoint()
+                self._save_checkpoint(sums)
         bar.close()
         self._end_stage(stage)
 
@@ -186,13 +219,71 @@ class Trainer:
         optimizer = build_optimizer(config, parameters)
         lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
                                      num_training_steps=stage.max_train_steps)  # fmt: skip
+        self._whole_model = copy.deepcopy(stage.model).cpu() if accelerator.is_fsdp2 else None
         self.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
+        begin_momentum(optimizer)
         self.ema = None
         if config.ema_decay:
-            self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=True)
+            foreach = not accelerator.is_fsdp2  # whose parameters `copy_to` then copies one by one
+            self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=foreach)
         if checkpoint is not None and self.state.step:
             load_checkpoint(accelerator, checkpoint, self.state, self.ema)
         return optimizer, lr_scheduler
+
+    def _next_step(self, stage: Stage, batches: Iterator[dict], sums: dict) -> list[dict[str, torch.Tensor]]:
+        """The batches of the next optimizer step with their draws. Here, between two steps, all processes leave
+        together when one is to: a checkpoint is saved, then the data's error or `SystemExit` is raised.
+        """
+        state, config, fetched, error = self.state, self.config, [], None
+        streams = copy.deepcopy(state.streams)
+        try:
+            for _ in range(config.gradient_accumulation_steps):
+                fetched.append(next(batches))
+        except Exception as trouble:  # whatever a data set or a worker of its loader may raise
+            error = trouble
+        if config.dataloader_num_workers:
+            self._interruption.notice_dead_workers_late()
+        number = largest_of_all(self._interruption.signal or int(error is not None), self._host_group)
+        if number == 0:
+            return [batch | draws for batch, draws in zip(fetched, self._draws(stage), strict=True)]
+        state.streams = streams
+        if self.checkpoint != self.output_dir / f"checkpoint-{state.global_step}":
+            self._save_checkpoint(sums)
+        if number > 1:
+            raise SystemExit(128 + number)
+        name = getattr(self.train_dataset, "name", type(self.train_dataset).__name__)
+        reason = "in another process" if error is None else f"{type(error).__name__}: {error}"
+        raise (ValueError if isinstance(error, ValueError) else RuntimeError)(
+            f"`train_dataset` {name} failed after step {state.step} of {stage.name}: {reason} The run is saved in "
+            f"{self.checkpoint} and goes on with `resume_from_checkpoint='latest'`."
+        ) from error
+
+    def _train_step(self, batches: list[dict], optimizer, lr_scheduler) -> dict[str, torch.Tensor]:
+        """One optimizer step; its loss terms, means over the batches, and "grad_norm".
+
+        Where loss or gradient are not finite on any process, weights, averages and optimizer stay as they are.
+        """
+        config, accelerator, means = self.config, self.accelerator, {}
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of batch norm
+        before = [buffer.clone() for buffer in statistics]
+        self.prepare_step(batches)
+        for batch in batches:
+            with accelerator.accumulate(self.model):
+                terms = self.compute_loss(batch)
+                backward(accelerator, terms["loss"])
+                if accelerator.sync_gradients:
+                    norm = clip_gradients(accelerator, self.model, optimizer, config.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            for name, term in terms.items():
+                means[name] = means.get(name, 0) + term.detach().float() / config.gradient_accumulation_steps
+        taken = norm.isfinite()
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(taken, buffer, value))
+        if self.ema is not None:
+            average_step(self.ema, list(self._unwrapped().parameters()), taken)
+        return means | {"grad_norm": norm.float()}
 
     def _draws(self, stage: Stage) -> list[dict[str, torch.Tensor]]:
         """The random numbers of one optimizer step: this process's share, one dictionary for each batch."""
@@ -299,7 +390,11 @@ class Trainer:
         """Keep the final weights, hand them to `finish_stage` and note in a checkpoint that the stage is done."""
         if self.ema is not None:
             self.ema.copy_to(self._unwrapped().parameters())
-        stage.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self._whole_model is not None:
+            self._whole_model.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            model = self._whole_model.to(self.accelerator.device)
+        stage.model = model.eval()
         self.accelerator.free_memory()
         self.model = stage.model
         self.choose_weights(stage)
@@ -309,15 +404,16 @@ class Trainer:
             if self.config.push_to_hub and self.config.hub_strategy != "end":
                 self.push_to_hub()
         self.accelerator.wait_for_everyone()
-        self.state.stage, self.state.step, self.state.best = stage.index + 1, 0, None
-        self.state.window, self.state.streams = {}, []
-        self._save_checkpoint()  # small: that the stage is done
+        self.state.stage, self.state.step, self.state.best, self.state.streams = stage.index + 1, 0, None, []
+        self._save_checkpoint({})  # small: that the stage is done
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, sums: dict[str, torch.Tensor]) -> None:
+        """Save where the run stands, with the sums of the loss terms since the last line of metrics."""
         self.state.seconds = self._seconds()
-        folder = save_checkpoint(self.accelerator, self.state, self.ema, self.config)
+        self.state.windows = [{name: value.item() for name, value in sums.items()}] * self.accelerator.num_processes
+        self.checkpoint = save_checkpoint(self.accelerator, self.state, self.ema, self.config, self.made_by())
         if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
-            publish_folder(folder, self.repo_id, "checkpoint", self.config.hub_token, folder.name)
+            publish_folder(self.checkpoint, self.repo_id, "checkpoint", self.config.hub_token, self.checkpoint.name)
         self.accelerator.wait_for_everyone()
 
     def _unwrapped(self) -> torch.nn.Module:
@@ -334,11 +430,3 @@ class Trainer:
         if self.ema is not None:
             self.ema.restore(model.parameters())
         model.train()
-
-
-def build_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, fused into one kernel."""
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **options)

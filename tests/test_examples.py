@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from diffusers_rcfd import FeatureClassifier, RCFDPipeline
+from diffusers_rcfd.checkpoints import find_checkpoints
 from diffusers_rcfd.command_line import parse_options
 from tests.toys import tiny_classifier, tiny_teacher
 
@@ -124,19 +125,26 @@ def test_mistakes_are_found_before_any_training(tmp_path, args, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_killed_in_the_middle_of_a_rung_goes_on_in_it(tmp_path):
-    """SIGKILL during the main job; `--resume_from_checkpoint latest` continues the same rung, not an earlier one."""
+def test_stopped_in_the_middle_of_rungs_goes_on_in_them(tmp_path):
+    """SIGTERM, then SIGKILL during the main job; `--resume_from_checkpoint latest` continues the same rung."""
     folder = tmp_path / "run"
     args = [*SMALL, "--max_train_steps", "12", "--checkpointing_steps", "3", "--logging_steps", "1",
-            "--student_steps", "2", "1", "--teacher_steps", "4", "2", "--objective", "pd"]  # fmt: skip
-    process = subprocess.Popen(command("distill_rcfd.py", *args, "--output_dir", folder), cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    while process.poll() is None and not (folder / "students/checkpoint-18/trainer_state.json").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+            "--student_steps", "2", "1", "--teacher_steps", "4", "2", "--objective", "pd",
+            "--output_dir", folder, "--resume_from_checkpoint", "latest"]  # fmt: skip
+
+    def reached():
+        found = find_checkpoints(folder / "students")
+        return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+
+    for number, at, code in ((signal.SIGTERM, 3, 143), (signal.SIGKILL, 18, -signal.SIGKILL)):
+        process = subprocess.Popen(command("distill_rcfd.py", *args), cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        while process.poll() is None and reached() < at:
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait() == code
     first = (folder / "students/2-step/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    run("distill_rcfd.py", *args, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    run("distill_rcfd.py", *args)
     assert (folder / "students/2-step/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == first
     lines = [json.loads(line) for line in (folder / "students/metrics.jsonl").read_text().splitlines()]
     assert [line["global_step"] for line in lines] == list(range(1, 25))

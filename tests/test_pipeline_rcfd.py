@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMScheduler, DiffusionPipeline
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
-from tests.toys import tiny_unet
+from tests.toys import largest_file, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +200,11 @@ def test_any_ddim_like_scheduler_becomes_ours():
     assert isinstance(pipe.scheduler, RCFDScheduler)
     assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.scheduler.grid(3) == [0, 333, 666, 999]
     pipe(num_inference_steps=3)
+
+
+def test_full_disk_leaves_the_pipeline_that_was_there(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with largest_file(20_000), pytest.raises(Exception, match="(?i)file too large"):
+        RCFDPipeline(tiny_unet(), RCFDScheduler()).save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -1,5 +1,7 @@
 """The closed-form networks that the golden numbers were computed with, and tiny real components."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +56,14 @@ def tiny_teacher(num_inference_steps=None, seed=0, **overrides):
 def parameters(model):
     """All weights of a model as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@contextmanager
+def largest_file(size):
+    """Writing a file beyond `size` bytes fails in here, as on a full disk; `None` is no limit."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before if size is None else size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
