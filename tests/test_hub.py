@@ -545,6 +545,16 @@ def test_bad_model_is_refused_from_folder_and_hub(hub, client, files, name, tmp_
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == spoilt.keys()
 
 
+def test_truncated_classifier_is_refused(hub, client, tmp_path):
+    client(save_classifier, tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    hub.add_repo("anna/short", {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    for place in ("anna/short", str(tmp_path)):
+        with pytest.raises(ClientError, match="Unable to load weights.*diffusion_pytorch_model.safetensors"):
+            client(classify, place)
+
+
 def test_pickled_classifier_is_refused(hub, client):
     buffer = BytesIO()
     classifier = tiny_classifier()
