@@ -160,7 +160,7 @@ def test_push_to_hub_publishes_what_is_saved(hub, client, files):
     assert published.keys() - files.keys() == {"README.md", "samples.png"}
     repo = hub.repos["model", "anna/pushed"]
     assert [title for _, title in repo.history] == ["initial commit", "Four steps"] and not repo.private
-    assert sum(method == "PUT" for method, _, _ in hub.requests) == 1  # the weights, and they alone, went into LFS
+    assert sum(method == "PUT" for method, _, _ in hub.requests) == 2  # weights and picture, alone, went into LFS
     client(push, "anna/pushed")
     assert len(repo.history) == 2, "what has not changed was committed again"
 
@@ -252,7 +252,7 @@ def test_classifier_by_revision_and_token(hub, client, tmp_path):
 @pytest.mark.parametrize("prefix", ["", "hf-hub:"])
 def test_timm_repository_by_revision_and_token(hub, client, tmp_path, prefix):
     """timm itself takes no token; and of a repository without safetensors nothing is read."""
-    client(save_timm, tmp_path / "safe")
+    client(save_timm, tmp_path / "safe", safe_serialization=True)
     name = f"anna/timm{len(prefix)}"
     hub.add_repo(name, {path.name: path.read_bytes() for path in (tmp_path / "safe").iterdir()}, private=True)
     logits = client(tokenless, classify, prefix + name, token="hf_anna_may_write", revision="main", images=RGB)
