@@ -31,7 +31,7 @@ def saved_whole(folder: Path) -> Iterator[Path]:
             path.replace(target)
         missing = []
     except (OSError, SafetensorError) as error:
-        raise OSError(f"Saving in {str(folder)!r} failed, and left nothing there: {error}") from error
+        raise OSError(f"Saving in {str(folder)!r} failed, and changed nothing there: {error}") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
