@@ -110,6 +110,7 @@ class DiffusionTrainer(GeneratorTrainer):
             training_seconds=self.state.seconds,
             evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
             class_conditional=self.pipeline.unet.config.num_class_embeds is not None,
+            prediction_type=self.pipeline.scheduler.config.prediction_type,
         )
         write_model_card(folder, run, existing)
 

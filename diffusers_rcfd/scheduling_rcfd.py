@@ -1,7 +1,9 @@
 """The diffusion process: schedule, step grid, DDIM step and the conversions between x0, eps and v."""
 
+import inspect
 import math
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -50,6 +52,15 @@ def v_from_x0(x0, z_t, alpha, sigma):
     return (alpha * z_t - x0) / sigma
 
 
+def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
+    """Clip each image to s, the `ratio` quantile of its |x0| within 1..max_value, and divide it by s; (B, C, H, W).
+
+    Source: Saharia et al. 2022, section 2.3.
+    """
+    s = x0.abs().flatten(1).quantile(ratio, dim=1).clamp(1, max_value).view(-1, 1, 1, 1)
+    return x0.clamp(-s, s) / s
+
+
 def ddim_coefficients(alpha_t, sigma_t, alpha_s, sigma_s):
     """The DDIM step (eta = 0) as z_s = a x0 + b z_t: returns (a, b) (RCFD paper, Eq. 1)."""
     b = sigma_s / sigma_t
@@ -61,8 +72,10 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
     Step k of an N-step sampler stands at index `round(k (n - 1) / N)` of the n-entry schedule, k = N..0, so the
     N-step grid is a subset of the 2N-step grid and a student that halves its teacher's steps meets it exactly.
-    The last step goes to index 0. Takes any config that `DDIMScheduler` can name (`RCFDScheduler.from_config`);
-    of such a config, `timestep_spacing`, `steps_offset` and `set_alpha_to_one` are replaced by the grid above.
+    The last step goes to index 0. Takes the config of any scheduler with betas and integer timesteps, such as DDPM,
+    DDIM, PNDM, DPM-Solver, UniPC, DEIS, Euler and Heun (`RCFDScheduler.from_config`). What such a config says of the
+    schedule, the prediction and the clipping is kept; its solver and its grid (`timestep_spacing`, `steps_offset`,
+    `set_alpha_to_one`, `use_karras_sigmas`, ...) are replaced by DDIM on the grid above.
 
     Args:
         num_train_timesteps (`int`, defaults to 1025): entries n of the schedule, indices 0..n - 1.
@@ -75,6 +88,9 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             or `"v_prediction"`.
         clip_sample (`bool`, defaults to `True`): clip the predicted x0 when sampling.
         clip_sample_range (`float`, defaults to 1.0): bound of that clip.
+        thresholding (`bool`, defaults to `False`): `dynamic_threshold` in place of that clip.
+        dynamic_thresholding_ratio (`float`, defaults to 0.995): its quantile, in (0, 1].
+        sample_max_value (`float`, defaults to 1.0): its largest threshold, at least 1.
         rescale_betas_zero_snr (`bool`, defaults to `False`): move the schedule to zero terminal SNR; not possible
             with `epsilon`.
         num_inference_steps (`int`, *optional*): steps N that a student was distilled for, 1..n - 1; `None` for a
@@ -99,6 +115,9 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "sample",
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
         rescale_betas_zero_snr: bool = False,
         num_inference_steps: int | None = None,
     ):
@@ -114,6 +133,11 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
                 "`rescale_betas_zero_snr=True` leaves no image in z_T, which `prediction_type='epsilon'` must divide "
                 "by: use 'sample' or 'v_prediction'."
             )
+
+        if not 0 < dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"`dynamic_thresholding_ratio` must be in (0, 1], got {dynamic_thresholding_ratio!r}.")
+        if thresholding and sample_max_value < 1:
+            raise ValueError(f"`sample_max_value` must be at least 1, got {sample_max_value!r}.")
 
         if trained_betas is not None:
             betas = torch.as_tensor(trained_betas, dtype=torch.float64)
@@ -137,6 +161,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             betas = torch.linspace(-6, 6, n, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
         else:
             betas = cosine_betas(n)
+        self.betas = betas  # (n,), float64, before any rescaling
         if rescale_betas_zero_snr:
             betas = zero_terminal_snr(betas)
 
@@ -148,13 +173,22 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config, return_unused_kwargs=False, **kwargs):
-        """Build from any DDIM-like config; a stock config saved by `to_ddim` keeps its `num_inference_steps`."""
-        # Stock configs list which values were their own defaults; ours differ, so every value is taken as it stands.
+        """Build from the config of a scheduler with betas; one saved by `to_ddim` keeps its `num_inference_steps`.
+
+        Raises:
+            ValueError: for a config that no schedule of betas at integer timesteps describes: EDM's preconditioning,
+                flow matching, variance-exploding and consistency schedulers.
+        """
+        # Stock configs list which values were their own defaults; ours differ, so every value is taken as it stands,
+        # and what an old config leaves out is the default of the class that wrote it.
         config = {key: value for key, value in dict(config).items() if key != "_use_default_values"}
+        stock = getattr(diffusers, config.get("_class_name") or "", None)
+        if stock is not None:
+            signature = inspect.signature(stock.__init__).parameters.values()
+            config = {p.name: p.default for p in signature if p.default is not p.empty} | config
+        check_has_betas(config)
         if "_num_inference_steps" in config:
             config["num_inference_steps"] = config.pop("_num_inference_steps")
-        if config.get("thresholding"):
-            logger.warning("`thresholding` is not applied by RCFDScheduler: the predicted x0 is clipped instead.")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_ddim(self) -> DDIMScheduler:
@@ -175,10 +209,13 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             beta_start=self.config.beta_start,
             beta_end=self.config.beta_end,
             beta_schedule=self.config.beta_schedule if named else "linear",
-            trained_betas=self.config.trained_betas if named else (1 - self._alpha_ratios()).tolist(),
+            trained_betas=self.config.trained_betas if named else self.betas.tolist(),
             prediction_type=self.config.prediction_type,
             clip_sample=self.config.clip_sample,
             clip_sample_range=self.config.clip_sample_range,
+            thresholding=self.config.thresholding,
+            dynamic_thresholding_ratio=self.config.dynamic_thresholding_ratio,
+            sample_max_value=self.config.sample_max_value,
             rescale_betas_zero_snr=self.config.rescale_betas_zero_snr,
             timestep_spacing="leading",
             steps_offset=n - 1 - (N - 1) * (n // N),
@@ -187,9 +224,6 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         # The underscore keeps stock `from_pretrained` from warning of a key that it does not know.
         scheduler.register_to_config(_num_inference_steps=self.config.num_inference_steps)
         return scheduler
-
-    def _alpha_ratios(self) -> torch.Tensor:
-        return torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
 
     # --- grid -------------------------------------------------------------------------------------------------
 
@@ -260,7 +294,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`, defaults to `True`): a `DDIMSchedulerOutput`, else a tuple.
 
         Returns:
-            `prev_sample` z_s and `pred_original_sample` x0 (clipped when `clip_sample`), both (B, C, H, W).
+            `prev_sample` z_s and `pred_original_sample` x0 (clipped as the config says), both (B, C, H, W).
 
         Raises:
             ValueError: if `timestep` is not on the grid of `set_timesteps`.
@@ -274,7 +308,9 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         c_z, c_out, a, b = self._coefficients[t]
 
         x0 = model_output if self.config.prediction_type == "sample" else c_z * sample + c_out * model_output
-        if self.config.clip_sample:
+        if self.config.thresholding:
+            x0 = dynamic_threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+        elif self.config.clip_sample:
             x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         prev_sample = torch.add(b * sample, x0, alpha=a)
         if not return_dict:
@@ -341,3 +377,29 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def check_has_betas(config: dict) -> None:
+    """Raise a `ValueError` if a scheduler config is of a network that no schedule of betas describes.
+
+    Our networks see z_t = alpha_t x0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1, and its index t. Euler, Heun and their
+    like scale their sample to this z_t before the network sees it; EDM's networks see something else.
+    """
+    name = config.get("_class_name", "this scheduler")
+    why = None
+    if "sigma_data" in config:
+        why = (
+            f"its network is preconditioned with `sigma_data`={config['sigma_data']} (Karras et al. 2022) and sees "
+            "x / sqrt(sigma^2 + sigma_data^2) and log(sigma) / 4, not z_t and its index"
+        )
+    elif config and "beta_schedule" not in config:
+        why = "it has no betas"
+    elif config.get("use_flow_sigmas"):
+        why = "`use_flow_sigmas=True` is flow matching"
+    elif config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        why = "`timestep_type='continuous'` gives its network log(sigma) / 4, not the index of a noise level"
+    if why is not None:
+        raise ValueError(
+            f"`scheduler` must have betas and integer timesteps, as those of DDPM, DDIM, PNDM, DPM-Solver, UniPC, "
+            f"DEIS, Euler and Heun: {name} cannot be converted, {why}."
+        )

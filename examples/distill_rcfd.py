@@ -95,6 +95,7 @@ def run(job, data, base, classifier, evaluator, distillation):
     from diffusers_rcfd.checkpoints import check_output_dir
     from diffusers_rcfd.comparison import Contender, compare, markdown_table, save_comparison, save_comparison_grid
     from diffusers_rcfd.generator_trainer import check_images_fit
+    from diffusers_rcfd.hub import open_repository
 
     accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
@@ -106,6 +107,10 @@ def run(job, data, base, classifier, evaluator, distillation):
     resume = distillation.resume_from_checkpoint
     require(resume in (None, "latest"), "resume_from_checkpoint", resume, "'latest' for this job of several parts")
     check_output_dir(distillation)
+    for name, config in (("teacher", base), ("classifier", classifier), ("evaluator", evaluator)):
+        option, given = "base" if name == "teacher" else name, getattr(job, name)
+        allowed = f"unset with `{name}`={given!r}: only what is trained here is published"
+        require(given is None or not config.push_to_hub, f"{option}_push_to_hub", True, allowed)
     images = load_image_data(**vars(data))
     teacher = None if job.teacher is None else RCFDPipeline.from_pretrained(job.teacher)
     guide = None if job.classifier is None else load_feature_classifier(job.classifier)
@@ -127,23 +132,31 @@ def run(job, data, base, classifier, evaluator, distillation):
     shared = {name: getattr(distillation, name) for name in SHARED}
 
     def inside(config, folder, seed_offset=0):
-        """A part's own options with what all parts share, in a folder of its own."""
-        return replace(
-            config, **shared | {"output_dir": str(output_dir / folder), "seed": shared["seed"] + seed_offset}
-        )
+        """A part's own options with what all parts share, in a folder and a repository of its own."""
+        repository = output_dir.resolve().name + ("" if folder == "students" else f"-{folder}")
+        own = {"output_dir": str(output_dir / folder), "seed": shared["seed"] + seed_offset}
+        return replace(config, **shared | own, hub_model_id=config.hub_model_id or repository)
+
+    parts = {"base": inside(base, "base"), "classifier": inside(classifier, "classifier", 1000)}
+    parts |= {"evaluator": inside(evaluator, "evaluator", 2000), "students": inside(distillation, "students")}
+    repositories = {
+        name: open_repository(part.hub_model_id, part.hub_token, part.hub_private_repo or None)
+        for name, part in parts.items()
+        if part.push_to_hub and accelerator.is_main_process
+    }
 
     # 1. The classifier that only measures, and the one whose features are distilled.
-    def train_classifier(config, backbone, folder, seed_offset):
-        torch.manual_seed(distillation.seed + seed_offset)
+    def train_classifier(config, backbone):
+        torch.manual_seed(config.seed)
         network = FeatureClassifier(
             backbone, num_classes=images.num_classes, in_channels=images.image_shape[0], small_stem=job.small_stem
         )
-        return ClassifierTrainer(network, inside(config, folder, seed_offset), images).train()
+        return ClassifierTrainer(network, config, images).train()
 
     if judge is None:
-        judge = train_classifier(evaluator, job.evaluator_backbone, "evaluator", 2000)
+        judge = train_classifier(parts["evaluator"], job.evaluator_backbone)
     if guide is None and guided:
-        guide = train_classifier(classifier, job.backbone, "classifier", 1000)
+        guide = train_classifier(parts["classifier"], job.backbone)
     measure = Evaluator(
         judge,
         images,
@@ -155,12 +168,13 @@ def run(job, data, base, classifier, evaluator, distillation):
 
     # 2. The base model.
     if teacher is None:
-        DiffusionTrainer(unet, scheduler, inside(base, "base"), images, evaluator=measure).train()
+        DiffusionTrainer(unet, scheduler, parts["base"], images, evaluator=measure).train()
         teacher = RCFDPipeline.from_pretrained(output_dir / "base")
 
     # 3. The ladder, and by pd the rungs that the classifier guided.
-    ladder = replace(inside(distillation, "students"), hub_model_id=distillation.hub_model_id or output_dir.name)
-    CFDDistillationTrainer(teacher, guide, ladder, images, evaluator=measure).train()
+    trainer = CFDDistillationTrainer(teacher, guide, parts["students"], images, evaluator=measure)
+    trainer.teacher_name = repositories.get("base", trainer.teacher_name)
+    trainer.train()
     students = {rung: output_dir / "students" / rung.name for rung in rungs}
     if job.compare_with_pd and guided:
         by_pd = replace(

@@ -3,6 +3,15 @@ import math
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, RCFDPipeline, load_image_data, losses
 from diffusers_rcfd.cfd_trainer import spread
@@ -229,6 +238,34 @@ def test_class_conditional_ladder(tmp_path, digits, classifier):
     batch = batch_of(run, labels=torch.zeros(8, dtype=torch.int64))
     one, other = run.compute_loss(batch), run.compute_loss(batch | {"labels": batch["labels"] + 5})
     assert one["loss"] != other["loss"]
+
+
+STOCK_SCHEDULERS = [
+    DDPMScheduler(),
+    DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    PNDMScheduler(trained_betas=[1e-4 + 3e-5 * i for i in range(1000)], prediction_type="epsilon"),
+    DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", thresholding=True),
+    DPMSolverSinglestepScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+    EulerDiscreteScheduler(prediction_type="epsilon", num_train_timesteps=500),
+]
+
+
+@pytest.mark.parametrize("stock", STOCK_SCHEDULERS, ids=lambda stock: type(stock).__name__)
+def test_any_stock_teacher(tmp_path, digits, classifier, stock):
+    """Every objective on a saved class-conditional stock pipeline; its student keeps schedule and parametrisation."""
+    torch.manual_seed(0)
+    DDPMPipeline(tiny_unet(num_class_embeds=10), stock).save_pretrained(tmp_path / "stock")
+    teacher = RCFDPipeline.from_pretrained(tmp_path / "stock")
+    run = trainer(tmp_path / "run", digits, teacher, classifier, student_steps=[4, 2, 1],
+                  objective=["pd", "cfd", "rcfd"], max_train_steps=[1])  # fmt: skip
+    run.train()
+    student = RCFDPipeline.from_pretrained(tmp_path / "run/1-step")
+    assert not torch.equal(parameters(student.unet), parameters(teacher.unet))
+    assert student.scheduler.config.prediction_type == stock.config.prediction_type
+    alphas_cumprod = student.scheduler.alphas_cumprod.float()
+    torch.testing.assert_close(alphas_cumprod, stock.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    student.set_progress_bar_config(disable=True)
+    assert student(4, class_labels=[1, 2, 3, 4], output_type="pt").images.isfinite().all()
 
 
 @pytest.mark.parametrize(

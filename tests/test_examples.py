@@ -105,6 +105,10 @@ def test_main_job_with_a_teacher_classifier_and_data_of_ones_own(tmp_path):
         (["--temperature", "1.5"], "`temperature` must be in (0, 1], got 1.5"),
         (["--student_steps", "2", "4"], "`student_steps` must be in falling order"),
         (["--teacher_steps", "2", "4", "2", "2", "2"], "`teacher_steps` must be 2, for 16 steps to become 8"),
+        (
+            ["--teacher", "me/ddpm", "--base_push_to_hub"],
+            "`base_push_to_hub` must be unset with `teacher`='me/ddpm': only what is trained here is published",
+        ),
         (["--classifier", "no/such/classifier"], "Unknown classifier 'no/such/classifier'"),
         (["--unet_preset", "cifar10"], "`train_dataset` must hold images of shape"),
         (["--label_column", ""], "must have class labels"),

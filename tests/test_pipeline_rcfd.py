@@ -195,6 +195,36 @@ def test_plain_diffusers_process_without_this_package(pipe, tmp_path):
     assert "not expected" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    "network, message",
+    [
+        ({"out_channels": 2}, "`unet` must have as many `out_channels` as `in_channels`=1, got 2.*learned_range"),
+        ({"class_embed_type": "timestep"}, "`unet` must take class labels by `num_class_embeds`, got.*'timestep'"),
+        ({"sample_size": None}, "`unet` must have a `sample_size`"),
+    ],
+)
+def test_networks_that_cannot_be_sampled_are_refused(network, message):
+    with pytest.raises(ValueError, match=message):
+        RCFDPipeline(tiny_unet(**network), RCFDScheduler())
+
+
+def test_only_safetensors_are_written(pipe, tmp_path):
+    for function, target in ((pipe.save_pretrained, tmp_path / "pickled"), (pipe.push_to_hub, "anna/pickled")):
+        with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+            function(target, safe_serialization=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_saving_again_replaces_what_was_there_and_keeps_the_rest(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    other = RCFDPipeline(pipe.unet, RCFDScheduler(num_inference_steps=2))
+    other.save_pretrained(tmp_path, variant="second")
+    assert RCFDPipeline.from_pretrained(tmp_path).scheduler.config.num_inference_steps == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("partial-*"))
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) == 2
+
+
 def test_any_ddim_like_scheduler_becomes_ours():
     pipe = quiet(RCFDPipeline(tiny_unet(), DDPMScheduler(beta_schedule="scaled_linear")))
     assert isinstance(pipe.scheduler, RCFDScheduler)
