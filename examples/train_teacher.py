@@ -19,6 +19,8 @@ class Network:
     dropout: float = option(0.1, "Dropout while training.")
     prediction_type: str = option("sample", "What the network predicts: 'sample' (x0), 'epsilon' or 'v_prediction'.")
     beta_schedule: str = option("squaredcos_cap_v2", "Noise schedule: any that DDIMScheduler names.")
+    beta_start: float = option(0.0001, "First beta of a schedule other than the cosine one.")
+    beta_end: float = option(0.02, "Last beta of a schedule other than the cosine one.")
 
 
 def main():
@@ -34,7 +36,12 @@ def main():
     from diffusers_rcfd.evaluation import load_evaluator
 
     check_output_dir(config)
-    scheduler = RCFDScheduler(prediction_type=network.prediction_type, beta_schedule=network.beta_schedule)
+    scheduler = RCFDScheduler(
+        prediction_type=network.prediction_type,
+        beta_schedule=network.beta_schedule,
+        beta_start=network.beta_start,
+        beta_end=network.beta_end,
+    )
     images = load_image_data(**vars(data))
     torch.manual_seed(config.seed)
     unet = build_unet(
