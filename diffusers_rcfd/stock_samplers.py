@@ -119,12 +119,12 @@ class StockSamplerPipeline(RCFDPipeline):
         Raises:
             ValueError: for arguments not allowed, among them a number of evaluations that the sampler cannot take.
         """
-        device, stock = self._execution_device, self.stock_scheduler(num_inference_steps)
+        stock, (device, dtype) = self.stock_scheduler(num_inference_steps), self._device_and_dtype()
         x = self._initial_noise(batch_size, generator, latents, device) * stock.init_noise_sigma
         class_labels = self._check_class_labels(class_labels, len(x), device)
         for t in self.progress_bar(stock.timesteps):
             z = stock.scale_model_input(x, t)
-            output = self.unet(z.to(self.unet.dtype), t.to(device), class_labels, return_dict=False)[0].float()
+            output = self.unet(z.to(dtype), t.to(device), class_labels, return_dict=False)[0].float()
             alpha, sigma = self._noise_level(stock, t)
             x0 = self._clipped(self._predicted_x0(output, z, alpha, sigma))
             prediction = x0 if stock.config.prediction_type == "sample" else eps_from_x0(x0, z, alpha, sigma)
