@@ -57,7 +57,7 @@ def main():
             for name in ("classifier", "evaluator")
         }
         runs[kind] = read_run(folder, options, networks, args)
-        (ROOT / "benchmarks/any_teacher.md").write_text(report(runs, args.seed), encoding="utf-8")
+        (ROOT / "benchmarks/any_teacher.md").write_text(report(runs, args), encoding="utf-8")
     print(table(runs))
 
 
@@ -101,12 +101,16 @@ def table(runs):
     return "\n".join(lines)
 
 
-def report(runs, seed):
+def report(runs, args):
+    given = {name: getattr(args, name) for name in ("classifier", "evaluator") if getattr(args, name)}
+    command = f"--seed {args.seed}" + "".join(f" --{k} {'/'.join(path.parts[-3:])}" for k, path in given.items())
     evaluation = next(iter(next(iter(runs.values())).values()))
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "timm"))
     return f"""# Any teacher: epsilon, v and x0 networks distilled alike
 
-Written by `python benchmarks/any_teacher.py --seed {seed}` on {date.today()}, on one CPU core. {packages}.
+Written on {date.today()}, on one CPU core, with {packages}, by
+
+    python benchmarks/any_teacher.py {command}
 
 Each teacher is trained on the digits for {BASE["max_train_steps"]} iterations and saved as a stock pipeline; its
 students keep its prediction type and schedule. The 8-step student matches 8 teacher steps at once by PD, the next

@@ -280,6 +280,14 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         """Return `sample` unchanged; here for interchange with other schedulers."""
         return sample
 
+    def clip(self, x0: torch.Tensor) -> torch.Tensor:
+        """The predicted x0 (B, C, H, W) clipped as the config says, for sampling."""
+        if self.config.thresholding:
+            return dynamic_threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+        if self.config.clip_sample:
+            return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x0
+
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple:
@@ -308,10 +316,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         c_z, c_out, a, b = self._coefficients[t]
 
         x0 = model_output if self.config.prediction_type == "sample" else c_z * sample + c_out * model_output
-        if self.config.thresholding:
-            x0 = dynamic_threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
-        elif self.config.clip_sample:
-            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        x0 = self.clip(x0)
         prev_sample = torch.add(b * sample, x0, alpha=a)
         if not return_dict:
             return prev_sample, x0

@@ -126,7 +126,7 @@ class StockSamplerPipeline(RCFDPipeline):
             z = stock.scale_model_input(x, t)
             output = self.unet(z.to(dtype), t.to(device), class_labels, return_dict=False)[0].float()
             alpha, sigma = self._noise_level(stock, t)
-            x0 = self._clipped(self._predicted_x0(output, z, alpha, sigma))
+            x0 = self.scheduler.clip(self._predicted_x0(output, z, alpha, sigma))
             prediction = x0 if stock.config.prediction_type == "sample" else eps_from_x0(x0, z, alpha, sigma)
             x = stock.step(prediction, t, x, return_dict=False)[0]
         return self._finish(x, output_type, return_dict)
@@ -143,7 +143,3 @@ class StockSamplerPipeline(RCFDPipeline):
         predicts = self.scheduler.config.prediction_type
         convert = {"epsilon": x0_from_eps, "v_prediction": x0_from_v}.get(predicts)
         return output if convert is None else convert(output, z, alpha, sigma)
-
-    def _clipped(self, x0: torch.Tensor) -> torch.Tensor:
-        config = self.scheduler.config
-        return x0.clamp(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else x0
