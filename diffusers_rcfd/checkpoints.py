@@ -6,7 +6,7 @@ import shutil
 import warnings
 import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,11 @@ def find_fault(checkpoint: Path, made_by: dict[str, Any]) -> str | None:
     """Why a checkpoint cannot be resumed from, to be read after its name; None if it can."""
     try:
         record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        if record.pop("checksum") != zlib.crc32(json.dumps(record).encode()):
+            return f"is damaged: {STATE_FILE} is not what was written"
         files, maker, state = record.pop("files"), record.pop("made_by"), TrainerState(**record)
-    except (ValueError, KeyError, TypeError) as error:
-        return f"has a damaged {STATE_FILE} ({type(error).__name__}: {error})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"is damaged: {STATE_FILE} cannot be read ({type(error).__name__}: {error})"
     for name, (size, checksum) in files.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
@@ -182,7 +184,7 @@ def open_output_dir(accelerator: Accelerator, config: TrainingConfig, made_by: d
 def read_state(checkpoint: Path) -> TrainerState:
     """Where the run stood that wrote a checkpoint."""
     record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    return TrainerState(**{name: value for name, value in record.items() if name not in ("files", "made_by")})
+    return TrainerState(**{field.name: record[field.name] for field in fields(TrainerState)})
 
 
 def save_checkpoint(
@@ -230,7 +232,8 @@ def save_checkpoint(
         if accelerator.is_main_process:
             paths = sorted(path for path in partial.rglob("*") if path.is_file())
             files = {str(path.relative_to(partial)): (path.stat().st_size, _checksum(path)) for path in paths}
-            write_json(partial / STATE_FILE, asdict(state) | own | {"made_by": made_by, "files": files})
+            record = asdict(state) | own | {"made_by": made_by, "files": files}
+            write_json(partial / STATE_FILE, record | {"checksum": zlib.crc32(json.dumps(record).encode())})
             flush(output_dir)
     except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
         shutil.rmtree(partial, ignore_errors=True)

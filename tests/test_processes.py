@@ -19,6 +19,8 @@ from tests.test_examples import SMALL
 ROOT = Path(__file__).parent.parent
 
 
+OBJECTIVES = ("pd", "cfd", "rcfd")
+SOURCES = {"images": "rcfd", "stream": "pd"}  # with what is trained on them
 CONFIGS = ROOT / "examples/accelerate_configs"
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -29,9 +31,8 @@ def command(processes, *args):
     return [*launcher, "-m", "tests.test_processes", *map(str, args)]
 
 
-def launch(processes, *args, **environment):
-    line = command(processes, *args)
-    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True)
+def launch(processes, *args):
+    done = subprocess.run(command(processes, *args), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -57,15 +58,26 @@ def test_two_processes_train_what_one_does(tmp_path, objective):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("source", ["images", "stream"])
-def test_two_processes_resume_to_the_same_weights(tmp_path, source):
-    objective = "rcfd" if source == "images" else "pd"
-    for folder, mode in (("whole", "run"), ("resumed", "stop"), ("resumed", "resume")):
-        launch(2, objective, tmp_path / folder, 4, 1, mode, source)
-    for rung in ("2-step", "1-step"):
-        name = f"{rung}/unet/diffusion_pytorch_model.safetensors"
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "resumed/metrics.jsonl").read_bytes()
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """Folders of what two processes train without a stop, from images and from a stream of them."""
+    folder = tmp_path_factory.mktemp("never_stopped")
+    for source, objective in SOURCES.items():
+        launch(2, objective, folder / source, 4, 1, "run", source)
+    return folder
+
+
+def assert_same_run(one, other):
+    for name in ("2-step/unet/diffusion_pytorch_model.safetensors", "1-step/unet/diffusion_pytorch_model.safetensors",
+                 "metrics.jsonl"):  # fmt: skip
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_two_processes_resume_to_the_same_weights(tmp_path, never_stopped, source):
+    for mode in ("stop", "resume"):
+        launch(2, SOURCES[source], tmp_path / "resumed", 4, 1, mode, source)
+    assert_same_run(tmp_path / "resumed", never_stopped / source)
 
 
 def test_main_job_on_two_processes(tmp_path):
@@ -78,37 +90,39 @@ def test_main_job_on_two_processes(tmp_path):
     assert len(json.loads((tmp_path / "run/comparison.json").read_text())) == 11
 
 
-OBJECTIVES = ("pd", "cfd", "rcfd")
+@pytest.fixture(scope="module")
+def gradients_of_one_batch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    launch(1, "gradients", folder, 8, 1)
+    return folder
 
 
 @pytest.mark.parametrize(
     "processes, accumulation", [(1, 4), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)], ids=str
 )
-def test_processes_and_accumulation_have_the_gradients_of_one_large_batch(tmp_path, processes, accumulation):
+def test_processes_and_accumulation_have_the_gradients_of_one_large_batch(
+    tmp_path, gradients_of_one_batch, processes, accumulation
+):
     """Of 8 images a step, over the border of an epoch of 20: each gradient, and diversity over the whole batch."""
-    launch(1, "gradients", tmp_path / "whole", 8, 1)
-    launch(processes, "gradients", tmp_path / "parts", 8 // processes // accumulation, accumulation)
+    launch(processes, "gradients", tmp_path, 8 // processes // accumulation, accumulation)
     for objective in OBJECTIVES:
         for kind, tolerance in (("float64", 1e-6), ("float32", 1e-5)):
-            one, many = (load_file(tmp_path / name / f"{objective}-{kind}.safetensors") for name in ("whole", "parts"))
+            file = f"{objective}-{kind}.safetensors"
+            one, many = load_file(gradients_of_one_batch / file), load_file(tmp_path / file)
             for name, value in one.items():
                 error = (many[name].double() - value.double()).norm() / value.double().norm()
                 assert error < tolerance, (objective, kind, name, error)
     assert {"step-2", "diversity"} <= one.keys()
 
 
-def test_signal_to_one_process_saves_and_ends_both(tmp_path):
+def test_signal_to_one_process_saves_and_ends_both(tmp_path, never_stopped):
     """As a cluster's preemption of one node; then the run goes on to the weights of one that was never stopped."""
     options = ("rcfd", tmp_path / "left", 4, 1)
-    process = subprocess.Popen(command(2, *options, "signal"), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE,
-                               text=True)  # fmt: skip
-    _, errors = process.communicate()
-    assert process.returncode != 0 and "exitcode  : 143" in errors, errors
+    done = subprocess.run(command(2, *options, "signal"), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0 and "exitcode  : 143" in done.stderr, done.stderr
     assert find_checkpoints(tmp_path / "left")[-1].name == "checkpoint-3"
     launch(2, *options, "resume")
-    launch(2, "rcfd", tmp_path / "whole", 4, 1)
-    for name in ("1-step/unet/diffusion_pytorch_model.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "left" / name).read_bytes()
+    assert_same_run(tmp_path / "left", never_stopped / "images")
 
 
 def test_engine_configs_are_read_by_accelerate():
