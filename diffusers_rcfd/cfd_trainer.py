@@ -3,30 +3,35 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from diffusers_rcfd.checkpoints import write_json
+from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
 from diffusers_rcfd.configs import CFDDistillationConfig, Rung, require
-from diffusers_rcfd.diffusion_trainer import check_images_fit, conditioning, data_name, sample_grid
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.feature_terms import feature_terms
+from diffusers_rcfd.generator_trainer import (
+    GeneratorTrainer,
+    check_images_fit,
+    conditioning,
+    data_name,
+    sample_grid,
+)
 from diffusers_rcfd.image_tensors import flip
-from diffusers_rcfd.losses import x0_loss
+from diffusers_rcfd.losses import log_mean_prediction, wide, x0_loss
 from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.targets import ddim_target
-from diffusers_rcfd.training import Stage, Trainer
-
-EVALUATION_FILE = "evaluation.json"
+from diffusers_rcfd.training import Stage
 
 
-class CFDDistillationTrainer(Trainer):
+class CFDDistillationTrainer(GeneratorTrainer):
     """Distils a teacher into students of ever fewer steps; each rung's student is the next one's teacher.
 
     Args:
@@ -35,6 +40,7 @@ class CFDDistillationTrainer(Trainer):
         config (`CFDDistillationConfig`): the options; defaults are the paper's (appendix C.4).
         train_dataset (`torch.utils.data.Dataset`): see `Trainer`.
         student (`UNet2DModel`, *optional*): first weights of the first student; the teacher's if not given.
+        evaluator (`Evaluator`, *optional*): measures the student every `eval_steps`.
 
     Raises:
         ValueError: if step counts, images, classifier and student do not fit the teacher.
@@ -47,9 +53,10 @@ class CFDDistillationTrainer(Trainer):
         config: CFDDistillationConfig | None = None,
         train_dataset: Dataset = None,
         student: UNet2DModel | None = None,
+        evaluator: Evaluator | None = None,
     ):
         config = config or CFDDistillationConfig()
-        super().__init__(config, train_dataset)
+        super().__init__(config, train_dataset, evaluator)
         scheduler = teacher.scheduler
         require(not scheduler.config.nodes, "teacher", scheduler.config.nodes, "on the uniform grid, without `nodes`")
         self.teacher, self.student, self.classifier = teacher, student, classifier
@@ -57,8 +64,9 @@ class CFDDistillationTrainer(Trainer):
         check_images_fit(teacher, train_dataset)
         self._check_student()
         check_classifier_fits(classifier, teacher.image_shape[0], self.rungs, config)
-        self.rung = self.rungs[0]
+        self.rung, self.log_p_mean = self.rungs[0], None
         self.teacher_name = teacher.config.get("_name_or_path")
+        self._architecture = architecture(student or teacher.unet)
 
     def _check_student(self) -> None:
         if self.student is None:
@@ -84,6 +92,11 @@ class CFDDistillationTrainer(Trainer):
             yield Stage(self.rung.name, index, student, self.rung.max_train_steps)
             self.teacher = RCFDPipeline(self.model, self.scheduler)
 
+    def made_by(self) -> dict[str, Any]:
+        """Also by this network and these rungs."""
+        ladder = [f"{rung.student_steps} steps from {rung.teacher_steps} by {rung.objective}" for rung in self.rungs]
+        return super().made_by() | self._architecture | {"ladder": ladder}
+
     def train(self) -> RCFDPipeline:
         """Run the ladder; each student is saved as `output_dir/N-step`, and the last one is returned."""
         super().train()
@@ -99,11 +112,11 @@ class CFDDistillationTrainer(Trainer):
         folders = [(folder, name) for folder, name in folders if (folder / "model_index.json").is_file()]
         return [*folders, (folders[-1][0], None)] if folders else []
 
-    def evaluate(self, evaluator: Evaluator, num_images: int = 50_000) -> dict[int, dict]:
+    def evaluate(self, evaluator: Evaluator | None = None, num_images: int = 50_000) -> dict[int, dict]:
         """Evaluate every finished student in its own number of steps, for the metrics file and the cards.
 
         Args:
-            evaluator (`Evaluator`): the metrics and the reference.
+            evaluator (`Evaluator`, *optional*): the metrics and the reference; the trainer's own if not given.
             num_images (`int`, defaults to 50 000): generated images of each student.
 
         Returns:
@@ -113,12 +126,11 @@ class CFDDistillationTrainer(Trainer):
         for rung in self.rungs:
             if (self.output_dir / rung.name / "model_index.json").is_file():
                 student = RCFDPipeline.from_pretrained(str(self.output_dir / rung.name)).to(self.accelerator.device)
-                result = evaluator.evaluate_pipeline(student, num_images, progress=False)
+                result = (evaluator or self.evaluator).evaluate_pipeline(student, num_images)
                 results[rung.student_steps] = result.to_dict()
-                values = {metric.label: metric.value for metric in result.metrics.values()}
-                self.write_metrics({"stage": rung.name, **values})
-        if self.accelerator.is_main_process:
-            write_json(self.output_dir / EVALUATION_FILE, results)
+                self.write_metrics({"stage": rung.name, **result.named_values})
+                if self.accelerator.is_main_process:
+                    self.record_evaluation(rung.student_steps, result)
         return results
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
@@ -143,9 +155,9 @@ class CFDDistillationTrainer(Trainer):
         )
         write_model_card(folder, run, existing)
 
-    def sample_images(self, stage: Stage) -> torch.Tensor:
-        """The student's samples in its own number of steps, from noise that is the same at every call."""
-        return sample_grid(RCFDPipeline(self._unwrapped(), self.scheduler), self.config)
+    def sampler(self) -> tuple[RCFDPipeline, None]:
+        """The student, in its own number of steps."""
+        return RCFDPipeline(self._unwrapped(), self.scheduler), None
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise, steps k uniform on the student's grid 1..N, and which images to mirror."""
@@ -164,27 +176,41 @@ class CFDDistillationTrainer(Trainer):
                 "labels" (B,) for a class-conditional teacher.
 
         Returns:
-            `dict`: scalars "loss" and, for cfd and rcfd, "cfd", "entropy" and "diversity".
+            `dict`: scalars "loss"; for cfd and rcfd "cfd" and those of `spread`; for rcfd "entropy" and "diversity".
         """
-        scheduler, rung, k = self.scheduler, self.rung, batch["k"]
+        scheduler, rung = self.scheduler, self.rung
         labels = conditioning(self.teacher, batch)
-        x0 = flip(batch["images"], batch["flip"])
-        t = scheduler.step_table(rung.student_steps, like=x0)[0][k]
-        z_t = scheduler.add_noise(x0, batch["noise"], t)
 
         def teacher(z, t):
             with self.accelerator.autocast():
                 prediction = self.teacher.unet(z, t, labels).sample
-            return scheduler.predict_x0(prediction.float(), z, t)
+            return scheduler.predict_x0(wide(prediction), z, t)
 
-        x0_target = ddim_target(teacher, scheduler, z_t, k, rung.student_steps, rung.teacher_steps)
-        x0_pred = scheduler.predict_x0(self.model(z_t, t, labels).sample, z_t, t)
+        x0_pred, z_t, t = self._predict(batch)
+        x0_target = ddim_target(teacher, scheduler, z_t, batch["k"], rung.student_steps, rung.teacher_steps)
         if rung.objective == "pd":
             alpha, sigma = scheduler.alpha_sigma(t, z_t)
             return {"loss": x0_loss(x0_pred, x0_target, alpha, sigma, self.config.loss_weighting).mean()}
         regularization = (rung.regularization_weight, rung.entropy_ratio) if rung.objective == "rcfd" else None
         with self.accelerator.autocast():
-            return feature_terms(self.classifier, x0_pred, x0_target, self.config, rung.temperature, regularization)
+            return feature_terms(self.classifier, x0_pred, x0_target, self.config, rung.temperature, regularization,
+                                 self.log_p_mean)  # fmt: skip
+
+    def prepare_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """The mean prediction over all batches of a step: the diversity of many (Eq. 6) is no mean of theirs."""
+        self.log_p_mean = None
+        if len(batches) > 1 and self.rung.regularization_weight * (1 - self.rung.entropy_ratio) > 0:
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = [self.classifier(self._predict(batch)[0]).logits for batch in batches]
+                self.log_p_mean = log_mean_prediction(torch.cat(logits))
+
+    def _predict(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The student's x0, what it was predicted from, z_t, both (B, C, H, W), and t (B,)."""
+        scheduler = self.scheduler
+        x0 = flip(batch["images"], batch["flip"])
+        t = scheduler.step_table(self.rung.student_steps, like=x0)[0][batch["k"]]
+        z_t = scheduler.add_noise(x0, batch["noise"], t)
+        return scheduler.predict_x0(self.model(z_t, t, conditioning(self.teacher, batch)).sample, z_t, t), z_t, t
 
 
 def without_dropout(unet: UNet2DModel) -> UNet2DModel:

@@ -21,7 +21,7 @@ _SOURCES = (
 )
 
 
-def find_source(name: str) -> tuple[str, str]:
+def find_source(name: str, revision: str | None = None, token: str | None = None) -> tuple[str, str]:
     """Tell what `name` is: ("saved" | "timm" | "transformers", the name that its library takes)."""
     import timm
 
@@ -39,10 +39,18 @@ def find_source(name: str) -> tuple[str, str]:
         raise ValueError(f"Unknown classifier {name!r}{_close_timm_names(timm_name)}. Allowed: {_SOURCES}.")
 
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        path = hf_hub_download(name, "config.json", revision=revision, token=token)
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RevisionNotFoundError as error:
+        raise ValueError(f"`revision` {revision!r} of {name!r} is not on the Hub.") from error
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:  # also: Hub out of reach
         raise ValueError(
             f"No classifier {name!r} here or on the Hub{_close_timm_names(name)}. Allowed: {_SOURCES}."
@@ -89,7 +97,14 @@ def _timm_config(name: str) -> Any:
 
 
 def load_timm(
-    name: str, pretrained: bool, num_classes: int | None, in_channels: int | None, image_size: int | None, extra: dict
+    name: str,
+    pretrained: bool,
+    num_classes: int | None,
+    in_channels: int | None,
+    image_size: int | None,
+    extra: dict,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Create the timm model and the arguments with which the constructor builds the same."""
     import timm
@@ -97,6 +112,8 @@ def load_timm(
 
     if not name.startswith(_TIMM_PREFIXES):
         _timm_config(name)
+    else:
+        name = f"local-dir:{_timm_folder(name, revision, token, pretrained)}"
     arguments = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": in_channels}
     model = timm.create_model(name, **arguments, **extra)
     if model.num_classes < 1:
@@ -120,6 +137,21 @@ def load_timm(
         "backbone_config": {k: v for k, v in extra.items() if k not in ("num_classes", "in_chans")} or None,
         "fixed_size": fixed_size,
     }
+
+
+def _timm_folder(name: str, revision: str | None, token: str | None, pretrained: bool) -> str:
+    """The folder of config and safetensors weights behind 'local-dir:FOLDER' or 'hf-hub:REPOSITORY[@REVISION]'."""
+    prefix, _, place = name.partition(":")
+    folder = Path(place).expanduser()
+    if prefix != "local-dir":
+        from huggingface_hub import snapshot_download
+
+        place, _, named = place.partition("@")
+        files = ["config.json", "*.safetensors"]
+        folder = Path(snapshot_download(place, revision=revision or named or None, token=token, allow_patterns=files))
+    if pretrained and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{name!r} must hold model.safetensors: pickled weights can run code and are not read.")
+    return str(folder)
 
 
 def set_small_stem(backbone: nn.Module, in_channels: int, name: str) -> None:
@@ -159,19 +191,32 @@ def build_transformers(name: str, num_classes: int, in_channels: int, config: di
 
 
 def load_transformers(
-    name: str, pretrained: bool, num_classes: int | None, in_channels: int | None, image_size: int | str | None
+    name: str,
+    pretrained: bool,
+    num_classes: int | None,
+    in_channels: int | None,
+    image_size: int | str | None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     """Load the transformers model, if wanted, and the arguments with which the constructor builds the same."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
+    hub = {"revision": revision, "token": token}
+    hub = {key: value for key, value in hub.items() if value is not None}
     labels = {} if num_classes is None else {"num_labels": num_classes}
-    config = AutoConfig.from_pretrained(name, **labels)
+    config = AutoConfig.from_pretrained(name, **labels, **hub)
     channels = getattr(config, "num_channels", 3)
     model = None
     if pretrained:
         if in_channels not in (None, channels):
             raise ValueError(f"`in_channels` of the pretrained {name!r} must be {channels}, got {in_channels!r}.")
-        model = AutoModelForImageClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+        try:
+            model = AutoModelForImageClassification.from_pretrained(
+                name, config=config, ignore_mismatched_sizes=True, use_safetensors=True, **hub
+            )
+        except OSError as error:
+            raise ValueError(f"The weights of {name!r} must be there, as model.safetensors: {error}") from error
         config = model.config
     elif isinstance(image_size, int) and hasattr(config, "image_size"):
         config.image_size = image_size
@@ -182,16 +227,16 @@ def load_transformers(
         "num_classes": config.num_labels,
         "in_channels": in_channels or channels,
         "backbone_config": stored,
-        **_processor_config(name, config),
+        **_processor_config(name, config, hub),
     }
 
 
-def _processor_config(name: str, config: Any) -> dict[str, Any]:
+def _processor_config(name: str, config: Any, hub: dict[str, str]) -> dict[str, Any]:
     """Read size, mean, deviation and channel order from a transformers checkpoint's image processor."""
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, **hub)
     except (OSError, ValueError):
         logger.warning("%s has no image processor: images are fed in [-1, 1], at the size in its config.", name)
         return {"image_size": getattr(config, "image_size", None)}

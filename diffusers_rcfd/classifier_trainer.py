@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from diffusers_rcfd.checkpoints import architecture
 from diffusers_rcfd.configs import ClassifierConfig
-from diffusers_rcfd.diffusion_trainer import data_name
 from diffusers_rcfd.feature_classifier import FeatureClassifier
+from diffusers_rcfd.generator_trainer import data_name
 from diffusers_rcfd.image_tensors import flip, shift_crop, to_model_range
 from diffusers_rcfd.model_card import classifier_card
 from diffusers_rcfd.training import Stage, Trainer
@@ -52,8 +54,13 @@ class ClassifierTrainer(Trainer):
         """The classifier is the only stage."""
         if first == 0:
             yield Stage("classifier", 0, self.classifier, self.config.max_train_steps)
+            self.classifier = self.model
         else:
             self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
+
+    def made_by(self) -> dict[str, Any]:
+        """Also by this network."""
+        return super().made_by() | architecture(self.classifier)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """How far to shift each image, and which ones to mirror."""
@@ -77,10 +84,17 @@ class ClassifierTrainer(Trainer):
             self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
         return self.classifier.eval()
 
+    def evaluate_model(self, stage: Stage) -> None:
+        """Measure the held-out accuracy."""
+        if self.accelerator.is_main_process:
+            self.accuracy = self.evaluate()
+            self.write_metrics({"stage": stage.name, "step": self.state.step, "held_out_accuracy": self.accuracy})
+
     def finish_stage(self, stage: Stage) -> None:
-        """Measure the held-out accuracy and save."""
-        self.accuracy = self.evaluate()
-        self.write_metrics({"stage": stage.name, "step": self.state.step, "held_out_accuracy": self.accuracy})
+        """Measure the held-out accuracy, if the last step did not, and save."""
+        self.classifier = stage.model
+        if not self.config.eval_steps:
+            self.evaluate_model(stage)
         self.classifier.save_pretrained(str(self.output_dir))
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:

@@ -2,14 +2,18 @@
 
 import json
 import time
+import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.image_sampling import initial_noise
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
+from diffusers_rcfd.stock_samplers import StockSamplerPipeline
 
 
 @dataclass
@@ -19,6 +23,50 @@ class Contender:
     method: str
     num_inference_steps: int
     pipeline: RCFDPipeline
+
+
+def student_contender(student: str) -> Contender:
+    """A student as a line of the comparison.
+
+    Args:
+        student (`str`): "NAME=PLACE@N": NAME in the table (else the last two parts of the place serve), folder or Hub
+            id, and the network evaluations of a student that was made for several (else its largest number).
+
+    Raises:
+        ValueError: for a base model, which takes any number of steps, or a number the student was not made for.
+    """
+    name, _, place = student.rpartition("=")
+    folder, _, number = place.rpartition("@")
+    if not number.isdecimal() or Path(place).exists():
+        folder, number = place, None
+    pipeline = RCFDPipeline.from_pretrained(folder)
+    scheduler = pipeline.scheduler
+    made_for = scheduler.config.num_inference_steps or max(scheduler.trained_steps, default=None)
+    if made_for is None:
+        raise ValueError(f"`students` must have been distilled for a number of steps, got the base model {student!r}.")
+    scheduler.set_timesteps(made_for if number is None else int(number))
+    return Contender(name or "/".join(Path(folder).parts[-2:]), scheduler.num_inference_steps, pipeline)
+
+
+def stock_contenders(base: RCFDPipeline, samplers: list[str], evaluations: list[int]) -> list[Contender]:
+    """A base model under stock samplers; what a sampler cannot take (Heun an even number) is left out, and said.
+
+    Args:
+        base (`RCFDPipeline`): the base model.
+        samplers (`list[str]`): of `STOCK_SAMPLERS`.
+        evaluations (`list[int]`): numbers of network evaluations.
+    """
+    contenders = []
+    for sampler in samplers:
+        pipeline = StockSamplerPipeline(base.unet, base.scheduler, sampler=sampler)
+        for number in evaluations:
+            try:
+                pipeline.stock_scheduler(number)
+            except ValueError as error:
+                warnings.warn(f"Left out of the comparison: {error}", stacklevel=2)
+            else:
+                contenders.append(Contender(pipeline.method, number, pipeline))
+    return contenders
 
 
 def compare(contenders: list[Contender], evaluator: Evaluator, num_images: int, seed: int = 0) -> list[dict]:
@@ -35,10 +83,8 @@ def compare(contenders: list[Contender], evaluator: Evaluator, num_images: int, 
         process, best of three batches) and "evaluation" (`EvaluationResult.to_dict()`).
     """
     rows = []
-    for contender in contenders:
-        result = evaluator.evaluate_pipeline(
-            contender.pipeline, num_images, contender.num_inference_steps, seed=seed, progress=False
-        )
+    for contender in tqdm(contenders, desc="Comparing", unit="line", disable=not evaluator.is_main_process):
+        result = evaluator.evaluate_pipeline(contender.pipeline, num_images, contender.num_inference_steps, seed=seed)
         rows.append(
             {
                 "method": contender.method,
@@ -61,9 +107,9 @@ def images_per_second(contender: Contender, batch_size: int) -> float:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """The rows of `compare` as a Markdown table, fewest steps last."""
+    """The rows of `compare` as a Markdown table, fewest network evaluations last."""
     metrics = rows[0]["evaluation"]["metrics"]
-    header = ["steps", "method", *(metric["label"] for metric in metrics.values()), "images/s"]
+    header = ["evaluations", "method", *(metric["label"] for metric in metrics.values()), "images/s"]
     lines = [" | ".join(header), " | ".join(["---:", "---", *("---:" for _ in metrics), "---:"])]
     for row in sorted(rows, key=lambda row: -row["num_inference_steps"]):
         values = [f"{metric['value']:.2f}" for metric in row["evaluation"]["metrics"].values()]
@@ -76,6 +122,39 @@ def save_comparison(rows: list[dict], folder: Path) -> None:
     """Write the rows of `compare` as `comparison.md` and `comparison.json`."""
     (folder / "comparison.md").write_text(markdown_table(rows) + "\n", encoding="utf-8")
     (folder / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def save_comparison_figure(rows: list[dict], path: Path) -> None:
+    """Draw the first metric (FID or FD) against the network evaluations, both on log axes, a line for each method.
+
+    Args:
+        rows (`list[dict]`): of `compare`.
+        path (`Path`): of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metric, label = next((key, value["label"]) for key, value in rows[0]["evaluation"]["metrics"].items())
+    lines = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["num_inference_steps"]):
+        lines[row["method"]].append((row["num_inference_steps"], row["evaluation"]["metrics"][metric]))
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for method, points in lines.items():
+        values = [point["value"] for _, point in points]
+        intervals = [point["confidence_interval"] for _, point in points]
+        below = [max(value - low, 0) for value, (low, _) in zip(values, intervals, strict=True)]
+        above = [max(high - value, 0) for value, (_, high) in zip(values, intervals, strict=True)]
+        axis.errorbar([steps for steps, _ in points], values, (below, above), marker="o", capsize=2, label=method)
+    steps = sorted({row["num_inference_steps"] for row in rows})
+    axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=label)
+    axis.set_xticks(steps, [str(number) for number in steps])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 def save_comparison_grid(contenders: list[Contender], path: Path, num_noises: int = 8, seed: int = 0) -> None:
@@ -100,7 +179,8 @@ def save_comparison_grid(contenders: list[Contender], path: Path, num_noises: in
             axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
         steps = contender.num_inference_steps
-        column[0].set_title(f"{contender.method}\n{steps} step{'s' if steps > 1 else ''}")
+        method = contender.method.replace("(", "\n(")  # "DPM-Solver++(2M)" is wider than an image
+        column[0].set_title(f"{method}\n{steps} step{'s' if steps > 1 else ''}", fontsize=7)
     figure.subplots_adjust(wspace=0.06, hspace=0.06)
     figure.savefig(path, dpi=80, bbox_inches="tight")
     pyplot.close(figure)

@@ -12,6 +12,8 @@ MIXED_PRECISIONS = ("no", "fp16", "bf16")
 WEIGHTINGS = ("both", "x", "eps")
 HUB_STRATEGIES = ("end", "every_rung", "checkpoint")
 DISTRIBUTIONS = ("features", "predictions", "spatial")
+# Diffusers' samplers that a base model is compared under, see `stock_samplers`.
+STOCK_SAMPLERS = ("ddim", "pndm", "dpm++1s", "dpm++2s", "dpm++3s", "dpm++2m", "dpm++3m", "unipc", "euler", "heun")
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -88,6 +90,34 @@ class DataConfig:
         )
 
 
+METRICS = ("fd", "is", "kid", "precision", "recall")
+
+
+@dataclass
+class EvaluationConfig:
+    """How generated images are judged; the reference is a `DataConfig`."""
+
+    feature_extractor: str | None = option(
+        None, "Classifier that measures: a folder, a Hub id or a timm name. Unset: Inception, and FD is FID."
+    )
+    extractor_name: str | None = option(None, "What the classifier is called in reports; unset: its own name.")
+    inception_weights: str | None = option(None, "torch-fidelity's Inception weights; unset: where it keeps them.")
+    metrics: list[str] = option(["fd", "is"], f"Of {METRICS}; fd is FID with Inception.")
+    num_images: int = option(50_000, "Generated images.")
+    eval_batch_size: int = option(256, "Images at a time, for each process.")
+    seed: int = option(0, "Seed of the noise, and of splits, subsets and bootstrap.")
+    statistics_dir: str | None = option(None, "Cache of the reference's statistics; unset: in the Hugging Face home.")
+
+    def __post_init__(self):
+        require(len(self.metrics) > 0, "metrics", self.metrics, f"of {METRICS}")
+        for metric in self.metrics:
+            require(metric in METRICS, "metrics", metric, f"of {METRICS}")
+        for name, least in (("num_images", 2), ("eval_batch_size", 1), ("seed", 0)):
+            require_count(name, getattr(self, name), least)
+        both = None not in (self.feature_extractor, self.inception_weights)
+        require(not both, "inception_weights", self.inception_weights, "unset with `feature_extractor`")
+
+
 @dataclass
 class TrainingConfig:
     """What every trainer shares."""
@@ -106,12 +136,16 @@ class TrainingConfig:
     optimizer: str = option("adam", f"One of {OPTIMIZERS}; sgd has momentum 0.9.")
     weight_decay: float = option(0.0, "Weight decay of the optimizer.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 does not clip.")
+    max_skipped_steps: int = option(
+        10, "A step with a loss or gradient that is not finite is skipped; so many in a row end the run."
+    )
     mixed_precision: str = option("no", f"Number type of the networks, one of {MIXED_PRECISIONS}; losses are float32.")
     ema_decay: float = option(0.0, "Decay of the moving average of the weights, which is what is saved; 0 keeps none.")
     random_flip: bool = option(False, "Mirror each image with probability 1/2.")
     dataloader_num_workers: int = option(0, "Processes that decode images; not needed for data that fit in memory.")
     seed: int = option(0, "Seed of everything random.")
     logging_steps: int = option(50, "Steps between two lines of metrics.")
+    eval_steps: int = option(0, "Steps between two evaluations while training; 0 makes none.")
     sample_steps: int = option(0, "Steps between two sample grids from fixed noise; 0 draws none.")
     num_sample_images: int = option(64, "Images in a sample grid.")
     checkpointing_steps: int = option(1000, "Steps between two checkpoints; 0 writes them only between rungs.")
@@ -130,16 +164,12 @@ class TrainingConfig:
     )
 
     def __post_init__(self):
-        for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images"):
+        positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images")
+        for name in (*positive, "max_skipped_steps", "checkpoints_total_limit"):
             require(_is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "sample_steps", "checkpointing_steps"):
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "eval_steps", "sample_steps",
+                     "checkpointing_steps"):  # fmt: skip
             require(_is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 0")
-        require(
-            _is_count(self.checkpoints_total_limit, 1),
-            "checkpoints_total_limit",
-            self.checkpoints_total_limit,
-            "a positive integer",
-        )
         for steps in self.max_train_steps if isinstance(self.max_train_steps, list) else [self.max_train_steps]:
             require(_is_count(steps, 1), "max_train_steps", steps, "a positive integer")
         require(
@@ -164,7 +194,23 @@ class TrainingConfig:
 
 
 @dataclass
-class DiffusionConfig(TrainingConfig):
+class GeneratorConfig(TrainingConfig):
+    """What the trainers of generators share."""
+
+    eval_num_images: int = option(5000, "Images of an evaluation while training.")
+    best_metric: str = option("fd", f"Metric by which the best weights are kept in `best/`: of {METRICS}.")
+    load_best_model_at_end: bool = option(False, "The best weights are the result, not the last ones.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("eval_num_images", self.eval_num_images, 2)
+        require(self.best_metric in METRICS, "best_metric", self.best_metric, f"one of {METRICS}")
+        best = self.load_best_model_at_end
+        require(not best or self.eval_steps > 0, "load_best_model_at_end", best, "False where `eval_steps` is 0")
+
+
+@dataclass
+class DiffusionConfig(GeneratorConfig):
     """Base training, with the paper's appendix C.3 as defaults."""
 
     max_train_steps: int = option(800_000, "Optimizer steps.")
@@ -223,7 +269,7 @@ class ClassifierConfig(TrainingConfig):
 
 
 @dataclass
-class FeatureLossConfig(TrainingConfig):
+class FeatureLossConfig(GeneratorConfig):
     """How CFD compares two images through a classifier; shared by the trainers that do."""
 
     cfd_weight: float = option(1.0, "Weight of the CFD term; 0 leaves entropy and diversity alone (Table 2).")
@@ -302,8 +348,8 @@ class CFDDistillationConfig(FeatureLossConfig):
     temperature: list[float] | None = option(None, "tau in (0, 1], for each rung: sharpens the teacher's features.")
     regularization_weight: list[float] | None = option(
         None,
-        "beta, for each rung: weight of entropy and diversity (rcfd). The diversity term's mean runs over the batches "
-        "of all processes, but over each batch of a gradient accumulation by itself.",
+        "beta, for each rung: weight of entropy and diversity (rcfd). The diversity term's mean runs over the whole "
+        "batch of an optimizer step, of all processes and accumulated batches, which those cost a forward pass more.",
     )
     entropy_ratio: list[float] | None = option(None, "gamma in [0, 1], for each rung: entropy's share of that weight.")
     max_train_steps: list[int] | None = option(

@@ -2,23 +2,32 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from diffusers_rcfd.batches import derived_seed
+from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
 from diffusers_rcfd.configs import DiffusionConfig
+from diffusers_rcfd.evaluation import Evaluator
+from diffusers_rcfd.generator_trainer import (
+    GeneratorTrainer,
+    check_images_fit,
+    conditioning,
+    data_name,
+    sample_grid,
+)
 from diffusers_rcfd.image_tensors import flip
 from diffusers_rcfd.losses import x0_loss
-from diffusers_rcfd.model_card import RunDescription, write_model_card
+from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
-from diffusers_rcfd.training import Stage, Trainer
+from diffusers_rcfd.training import Stage
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(GeneratorTrainer):
     """Trains a U-Net to predict x0 (or eps, or v) at every noise level, by the loss max(mse(x0), mse(eps)).
 
     Args:
@@ -26,13 +35,21 @@ class DiffusionTrainer(Trainer):
         scheduler (`RCFDScheduler`): the schedule, and what the network predicts.
         config (`DiffusionConfig`): the options; defaults are the paper's (appendix C.3).
         train_dataset (`torch.utils.data.Dataset`): see `Trainer`; labels are used by a class-conditional network.
+        evaluator (`Evaluator`, *optional*): measures the model every `eval_steps`.
 
     Raises:
         ValueError: if the images do not have the network's shape, or labels are missing or out of range.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: RCFDScheduler, config: DiffusionConfig, train_dataset: Dataset):
-        super().__init__(config, train_dataset)
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: RCFDScheduler,
+        config: DiffusionConfig,
+        train_dataset: Dataset,
+        evaluator: Evaluator | None = None,
+    ):
+        super().__init__(config, train_dataset, evaluator)
         self.pipeline = RCFDPipeline(unet, scheduler)
         check_images_fit(self.pipeline, train_dataset)
 
@@ -40,8 +57,13 @@ class DiffusionTrainer(Trainer):
         """The base model is the only stage."""
         if first == 0:
             yield Stage("base", 0, self.pipeline.unet, self.config.max_train_steps)
+            self.pipeline = RCFDPipeline(self.model, self.pipeline.scheduler)
         else:
             self.pipeline = RCFDPipeline.from_pretrained(str(self.output_dir))
+
+    def made_by(self) -> dict[str, Any]:
+        """Also by this network."""
+        return super().made_by() | architecture(self.pipeline.unet)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise, noise levels t uniform on 0..T, and which images to mirror."""
@@ -69,6 +91,7 @@ class DiffusionTrainer(Trainer):
 
     def finish_stage(self, stage: Stage) -> None:
         """Save the pipeline."""
+        self.pipeline = RCFDPipeline(stage.model, self.pipeline.scheduler)
         self.pipeline.save_pretrained(self.output_dir)
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
@@ -85,56 +108,12 @@ class DiffusionTrainer(Trainer):
             * self.accelerator.num_processes,
             learning_rate=config.learning_rate,
             training_seconds=self.state.seconds,
+            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
             class_conditional=self.pipeline.num_classes is not None,
+            prediction_type=self.pipeline.scheduler.config.prediction_type,
         )
         write_model_card(folder, run, existing)
 
-    def sample_images(self, stage: Stage) -> torch.Tensor:
-        """DDIM samples from noise that is the same at every call."""
-        pipeline = RCFDPipeline(self._unwrapped(), self.pipeline.scheduler)
-        return sample_grid(pipeline, self.config, self.config.sample_inference_steps)
-
-
-def data_name(dataset: Dataset) -> str | None:
-    """The name that a data set was loaded by, where it has one."""
-    return getattr(dataset, "name", "").split(" [")[0] or None
-
-
-def conditioning(pipeline: RCFDPipeline, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """The class labels of a batch (B,), for a class-conditional model; else None."""
-    return batch["labels"] if pipeline.num_classes is not None else None
-
-
-def sample_grid(pipeline: RCFDPipeline, config, num_inference_steps: int | None = None) -> torch.Tensor:
-    """Images (B, C, H, W) in [0, 1] of `config.num_sample_images`, from noise fixed by the seed."""
-    pipeline.set_progress_bar_config(disable=True)
-    num_classes = pipeline.num_classes
-    labels = None if num_classes is None else [i % num_classes for i in range(config.num_sample_images)]
-    generator = torch.Generator().manual_seed(derived_seed(config.seed, 0))
-    latents = torch.randn((config.num_sample_images, *pipeline.image_shape), generator=generator)
-    return pipeline(
-        batch_size=config.num_sample_images,
-        num_inference_steps=num_inference_steps,
-        latents=latents,
-        class_labels=labels,
-        output_type="pt",
-    ).images
-
-
-def check_images_fit(pipeline: RCFDPipeline, dataset: Dataset) -> None:
-    """Raise a `ValueError` if the images or labels of a data set do not suit the network of a pipeline."""
-    shape, num_classes = getattr(dataset, "image_shape", None), getattr(dataset, "num_classes", None)
-    if shape is None:
-        first = next(iter(dataset))
-        shape, num_classes = tuple(first["images"].shape), None
-    if tuple(shape) != pipeline.image_shape:
-        raise ValueError(
-            f"`train_dataset` must hold images of shape (C, H, W) = {pipeline.image_shape}, as the network does, "
-            f"got {tuple(shape)}: set `resolution` and `channels`."
-        )
-    wanted = pipeline.num_classes
-    if wanted is not None and (num_classes is None or num_classes > wanted):
-        raise ValueError(
-            f"`train_dataset` must have class labels in 0..{wanted - 1} for `num_class_embeds`={wanted}, "
-            f"got {num_classes or 'no'} classes."
-        )
+    def sampler(self) -> tuple[RCFDPipeline, int]:
+        """The base model, sampled by DDIM in `sample_inference_steps`."""
+        return RCFDPipeline(self._unwrapped(), self.pipeline.scheduler), self.config.sample_inference_steps

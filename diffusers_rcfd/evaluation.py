@@ -1,7 +1,6 @@
 """How good generated images are: FID, IS, KID, precision and recall, on Inception or on any feature classifier."""
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +16,10 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from tqdm.auto import tqdm
 
-from diffusers_rcfd.configs import require, require_count
+from diffusers_rcfd.configs import EvaluationConfig, require, require_count
 from diffusers_rcfd.distribution_metrics import (
     bootstrap_interval,
     fd_with_influence,
@@ -31,7 +28,8 @@ from diffusers_rcfd.distribution_metrics import (
     precision_recall_with_hits,
 )
 from diffusers_rcfd.image_sampling import as_uint8, generate_images
-from diffusers_rcfd.image_tensors import to_model_range, to_uint8
+from diffusers_rcfd.image_tensors import to_model_range
+from diffusers_rcfd.inception import InceptionExtractor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,48 +41,6 @@ if TYPE_CHECKING:
 # The fewest images a metric is defined for: IS is a mean over 10 splits, precision and recall look at neighbour 3.
 MIN_IMAGES = {"fd": 2, "is": 10, "kid": 2, "precision": 4, "recall": 4}
 SHORT_NAMES = {"fd": "FD", "is": "IS", "kid": "KID", "precision": "precision", "recall": "recall"}
-INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
-
-
-class InceptionExtractor(torch.nn.Module):
-    """The Inception network of FID and IS, ported from TensorFlow by torch-fidelity, called like a FeatureClassifier.
-
-    It resizes as TensorFlow 1 did, which is part of the metric. Grey images are given as three equal channels.
-
-    Args:
-        weights_path (`str` or `os.PathLike`, *optional*): torch-fidelity's weight file, a state dict in PyTorch
-            format; by default where torch-fidelity itself would have put it, in the cache of `torch.hub`.
-
-    Raises:
-        FileNotFoundError: if the file is absent; nothing is downloaded.
-        ValueError: if the file holds other weights.
-    """
-
-    name = "inception-v3-compat"
-
-    def __init__(self, weights_path: str | os.PathLike | None = None):
-        super().__init__()
-        path = Path(weights_path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE))
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"No Inception weights at `inception_weights`={str(path)!r}. Fetch {INCEPTION_FILE} from "
-                f"{URL_INCEPTION_V3} and pass its path (`--inception_weights PATH`, `InceptionExtractor(PATH)`)."
-            )
-        # torch-fidelity would unpickle whatever the file holds: it is given a copy of the tensors alone.
-        tensors_only = io.BytesIO()
-        try:
-            torch.save(torch.load(path, map_location="cpu", weights_only=True), tensors_only)
-            tensors_only.seek(0)
-            self.network = FeatureExtractorInceptionV3(
-                self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=tensors_only
-            )
-        except Exception as error:
-            raise ValueError(f"`inception_weights` must hold {INCEPTION_FILE}, got {str(path)!r}: {error}") from error
-
-    def forward(self, images: torch.Tensor) -> SimpleNamespace:
-        """Images (B, 1 or 3, H, W) in [-1, 1] -> `features` (B, 2048) and `logits` without bias (B, 1008)."""
-        features, logits = self.network(to_uint8(images).expand(-1, 3, -1, -1))
-        return SimpleNamespace(features=features, logits=logits)
 
 
 def _fingerprint(extractor: torch.nn.Module) -> str:
@@ -133,6 +89,15 @@ class EvaluationResult:
 
     def __getitem__(self, metric: str) -> float:
         return self.metrics[metric].value
+
+    def score(self, metric: str) -> float:
+        """A metric with the sign that makes higher better."""
+        return -self[metric] if metric in ("fd", "kid") else self[metric]
+
+    @property
+    def named_values(self) -> dict[str, float]:
+        """The numbers alone, by the names they are reported under."""
+        return {metric.label: metric.value for metric in self.metrics.values()}
 
     def __str__(self) -> str:
         values = [
@@ -263,7 +228,7 @@ class Evaluator:
             num_inference_steps=num_inference_steps,
             seed=seed,
             indices=self._share(num_images),
-            progress=progress and self._is_main,
+            progress=progress and self.is_main_process,
             **options,
         )
         return self._evaluate(images, seed)
@@ -273,7 +238,7 @@ class Evaluator:
         features, logits = self._extract([images] if isinstance(images, torch.Tensor) else images, shape)
         self._check_number(len(features))
         reference = self._reference_statistics() if set(self.metrics) != {"is"} else {}
-        metrics = [self._compute(features, logits, reference, seed) if self._is_main else None]
+        metrics = [self._compute(features, logits, reference, seed) if self.is_main_process else None]
         if self._num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -342,14 +307,14 @@ class Evaluator:
                     "sigma": torch.from_numpy(np.atleast_2d(moments["sigma"])),
                     "num_images": torch.tensor(len(features)),
                 } | ({"features": features} if need_features else {})
-                if self._is_main:
+                if self.is_main_process:
                     _write_statistics(path, statistics)
             self._statistics = statistics
         return self._statistics
 
     def _reference_batches(self):
         share = self._share(len(self.reference))
-        bar = {"desc": f"Reading {self.reference.name}", "disable": not self._is_main, "delay": 1}
+        bar = {"desc": f"Reading {self.reference.name}", "disable": not self.is_main_process, "delay": 1}
         for start in tqdm(range(0, len(share), self.batch_size), unit="batch", **bar):
             yield self.reference.__getitems__(list(share[start : start + self.batch_size]))["images"]
 
@@ -380,7 +345,8 @@ class Evaluator:
         return 1 if self.accelerator is None else self.accelerator.num_processes
 
     @property
-    def _is_main(self):
+    def is_main_process(self) -> bool:
+        """Whether this process is the one that computes and writes."""
         return self.accelerator is None or self.accelerator.is_main_process
 
     def _share(self, n: int) -> range:
@@ -399,6 +365,38 @@ class Evaluator:
         padded[: len(rows), : rows.shape[1]] = rows
         parts = self.accelerator.gather(padded).cpu().view(-1, most, width)
         return torch.cat([part[:count] for part, count in zip(parts, shapes[:, 0].tolist(), strict=True)])
+
+
+def load_evaluator(
+    config: EvaluationConfig, reference: "ImageData | None", accelerator: "Accelerator | None" = None
+) -> Evaluator:
+    """The evaluator that options name: Inception, or the classifier `config.feature_extractor`.
+
+    A classifier from a folder is reported under the folder's name, one from timm or the Hub under its own.
+
+    Args:
+        config (`EvaluationConfig`): the options.
+        reference (`ImageData` or None): the real images.
+        accelerator (`Accelerator`, *optional*): the processes to share the work among.
+
+    Raises:
+        FileNotFoundError: if Inception's weights or the classifier are not there.
+        ValueError: for what `Evaluator` refuses.
+    """
+    from diffusers_rcfd.feature_classifier import load_feature_classifier
+
+    name = config.feature_extractor
+    extractor = InceptionExtractor(config.inception_weights) if name is None else load_feature_classifier(name)
+    return Evaluator(
+        extractor,
+        reference,
+        name=name and (config.extractor_name or Path(name).name),
+        metrics=config.metrics,
+        batch_size=config.eval_batch_size,
+        cache_dir=config.statistics_dir,
+        seed=config.seed,
+        accelerator=accelerator,
+    )
 
 
 def _read_statistics(path: Path | None, num_images: int, need_features: bool) -> dict[str, torch.Tensor] | None:

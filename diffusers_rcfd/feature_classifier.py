@@ -6,6 +6,7 @@ imported when first needed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from diffusers_rcfd.classifier_backbones import (
     load_transformers,
     set_small_stem,
 )
+from diffusers_rcfd.saving import saved_whole
 
 _LIBRARIES = ("timm", "transformers")
 _INTERPOLATIONS = ("bicubic", "bilinear")
+_PUBLISHING = {"commit_message", "private", "token", "create_pr"}
 
 
 @dataclass
@@ -120,6 +123,8 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         image_size: int | str | None = "auto",
         reference: bool = False,
         backbone_config: dict[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
     ) -> "FeatureClassifier":
         """Make a classifier of a timm model or a transformers image-classification checkpoint.
 
@@ -138,25 +143,29 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
                 own, or None with `small_stem` or without `pretrained`, except for a timm backbone of one fixed size.
             reference (`bool`, defaults to False): see the class; resizes bilinearly, as the authors' code does.
             backbone_config (`dict`, *optional*): further arguments of a timm model.
+            revision (`str`, *optional*): branch, tag or commit of a Hub repository.
+            token (`str`, *optional*): for a private one; defaults to that of `hf auth login`.
 
         Returns:
             `FeatureClassifier`, trainable (see `freeze`).
 
         Raises:
-            ValueError: the name is none of these, or an argument does not fit the backbone.
+            ValueError: the name is none of these, its weights are pickled, or an argument does not fit the backbone.
         """
-        kind, name = find_source(str(name_or_path))
+        hub = {"revision": revision, "token": token}
+        kind, name = find_source(str(name_or_path), **hub)
         if kind == "saved":
             raise ValueError(f"`name_or_path` {name!r} was saved by FeatureClassifier: load it with from_pretrained.")
         if image_size != "auto" and isinstance(image_size, str):
             raise ValueError(f"`image_size` must be an integer of at least 1, None or 'auto', got {image_size!r}.")
         if kind == "timm":
             size = None if image_size == "auto" else image_size
-            source, config = load_timm(name, pretrained, num_classes, in_channels, size, dict(backbone_config or {}))
+            extra = dict(backbone_config or {})
+            source, config = load_timm(name, pretrained, num_classes, in_channels, size, extra, **hub)
         elif backbone_config is not None:
             raise ValueError(f"`backbone_config` {backbone_config!r} is for timm models, {name!r} has its own config.")
         else:
-            source, config = load_transformers(name, pretrained, num_classes, in_channels, image_size)
+            source, config = load_transformers(name, pretrained, num_classes, in_channels, image_size, **hub)
 
         fixed_size = config.pop("fixed_size", False)
         if image_size != "auto":
@@ -194,6 +203,26 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         if kwargs.get("device_map") is None:
             kwargs.setdefault("low_cpu_mem_usage", False)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save config and weights in safetensors, whole or not at all; arguments as in Diffusers.
+
+        Raises:
+            ValueError: `safe_serialization=False`.
+            OSError: writing failed; the folder is then as it was before, and nothing is published.
+        """
+        _require_safetensors(kwargs)
+        hub_options = {key: kwargs.pop(key) for key in _PUBLISHING & kwargs.keys()}
+        publish, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        with saved_whole(Path(save_directory)) as partial:
+            super().save_pretrained(str(partial), **kwargs)
+        if publish:
+            self.push_to_hub(repo_id or Path(save_directory).resolve().name, **hub_options)
+
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **kwargs: Any) -> str:
+        """Publish in one commit; arguments as in Diffusers. `safe_serialization=False` is a `ValueError`."""
+        _require_safetensors(kwargs)
+        return super().push_to_hub(repo_id, commit_message, **kwargs)
 
     @property
     def num_features(self) -> int:
@@ -317,7 +346,14 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         return self
 
 
-def load_feature_classifier(name_or_path: str, **kwargs: Any) -> FeatureClassifier:
+def _require_safetensors(options: dict[str, Any]) -> None:
+    if options.get("safe_serialization") is False:
+        raise ValueError("`safe_serialization` must be True: nothing pickled is written.")
+
+
+def load_feature_classifier(
+    name_or_path: str, *, revision: str | None = None, token: str | None = None, **kwargs: Any
+) -> FeatureClassifier:
     """Load a classifier from whatever a command line names: ours, a transformers checkpoint or a timm model.
 
     A local folder with a config.json comes first, then a timm name, then a Hub repository.
@@ -326,6 +362,8 @@ def load_feature_classifier(name_or_path: str, **kwargs: Any) -> FeatureClassifi
         name_or_path (`str`): folder or Hub repository saved by `FeatureClassifier.save_pretrained`, transformers
             image-classification checkpoint (folder or Hub repository), or timm model (its name, `timm/<name>`,
             `hf-hub:<repository>`, `local-dir:<folder>`), which is loaded with its pretrained weights.
+        revision (`str`, *optional*): branch, tag or commit of a Hub repository.
+        token (`str`, *optional*): for a private one; defaults to that of `hf auth login`.
         kwargs: arguments of `FeatureClassifier.from_backbone`. For a classifier saved by ours, `reference` and an
             `image_size` other than `"auto"` replace the saved value; `num_classes`, `in_channels` and `small_stem`
             must agree with it.
@@ -334,19 +372,20 @@ def load_feature_classifier(name_or_path: str, **kwargs: Any) -> FeatureClassifi
         `FeatureClassifier` in eval mode, trainable (see `freeze`).
 
     Raises:
-        ValueError: the name is none of these, or an argument does not fit what was saved.
+        ValueError: the name is none of these, its weights are pickled, or an argument does not fit what was saved.
     """
-    kind, name = find_source(str(name_or_path))
+    hub = {"revision": revision, "token": token}
+    kind, name = find_source(str(name_or_path), **hub)
     if kind != "saved":
-        return FeatureClassifier.from_backbone(name_or_path, **kwargs)
+        return FeatureClassifier.from_backbone(name_or_path, **hub, **kwargs)
     for key in ("num_classes", "in_channels", "small_stem"):
         value = kwargs.pop(key, None)
-        saved = FeatureClassifier.load_config(name).get(key)
+        saved = FeatureClassifier.load_config(name, **hub).get(key)
         if value is not None and value != saved:
             raise ValueError(f"`{key}` {value!r} does not fit {name!r}, which was saved with {saved!r}.")
     if kwargs.get("image_size") == "auto":
         del kwargs["image_size"]
-    return FeatureClassifier.from_pretrained(name, **kwargs)
+    return FeatureClassifier.from_pretrained(name, **hub, **kwargs)
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> torch.Tensor:

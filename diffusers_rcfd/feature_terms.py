@@ -3,7 +3,7 @@
 import torch
 
 from diffusers_rcfd.configs import FeatureLossConfig
-from diffusers_rcfd.feature_classifier import FeatureClassifier
+from diffusers_rcfd.feature_classifier import FeatureClassifier, FeatureClassifierOutput
 from diffusers_rcfd.losses import (
     diversity,
     dual_temperature_kl,
@@ -12,6 +12,7 @@ from diffusers_rcfd.losses import (
     rcfd_loss,
     spatial_kl,
     spatial_l1,
+    wide,
 )
 
 
@@ -22,6 +23,7 @@ def feature_terms(
     config: FeatureLossConfig,
     temperature: float,
     regularization: tuple[float, float] | None = None,
+    log_p_mean: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """CFD (Eq. 4 or 8), with entropy and diversity added for RCFD (Eq. 5 to 7).
 
@@ -31,27 +33,47 @@ def feature_terms(
         config (`FeatureLossConfig`): what is compared, and how.
         temperature (`float`): tau.
         regularization (`tuple[float, float]`, *optional*): beta and gamma of RCFD; none for CFD.
+        log_p_mean (`torch.Tensor`, *optional*): of a larger batch that this is a part of, see `diversity`.
 
     Returns:
-        `dict`: scalars "loss" and "cfd", for RCFD also "entropy" and "diversity".
+        `dict`: scalars "loss" and "cfd", for RCFD also "entropy" and "diversity", and those of `spread` (but with
+        spatial features, which need no other output of the classifier).
     """
-    logits = None
     if config.distribution == "spatial":
-        cfd = spatial_distance(classifier, x0_pred, x0_target, config, temperature)
-        if regularization is not None:
-            logits = classifier(x0_pred).logits
+        terms = {"cfd": spatial_distance(classifier, x0_pred, x0_target, config, temperature)}
+        logits, variety = None if regularization is None else classifier(x0_pred).logits, {}
     else:
         student = classifier(x0_pred)
         with torch.no_grad():
             teacher = classifier(x0_target)
         logits, name = student.logits, "features" if config.distribution == "features" else "logits"
         kl = dual_temperature_kl if config.dual_temperature else feature_kl
-        cfd = kl(getattr(student, name), getattr(teacher, name), temperature).mean()
-    if regularization is None:
-        return {"loss": config.cfd_weight * cfd, "cfd": cfd}
-    terms = {"cfd": cfd, "entropy": entropy(logits).mean(), "diversity": diversity(logits)}
-    loss = rcfd_loss(config.cfd_weight * cfd, terms["entropy"], terms["diversity"], *regularization)
-    return {"loss": loss, **terms}
+        terms = {"cfd": kl(getattr(student, name), getattr(teacher, name), temperature).mean()}
+        variety = spread(student, teacher)
+    loss = config.cfd_weight * terms["cfd"]
+    if regularization is not None:
+        terms |= {"entropy": entropy(logits).mean(), "diversity": diversity(logits, log_p_mean)}
+        loss = rcfd_loss(loss, terms["entropy"], terms["diversity"], *regularization)
+    return {"loss": loss, **terms, **variety}
+
+
+@torch.no_grad()
+def spread(student: FeatureClassifierOutput, teacher: FeatureClassifierOutput) -> dict[str, torch.Tensor]:
+    """Variety of a student's x0 as a share of its teacher's, about 1 when all is well and near 0 when it collapses.
+
+    Args:
+        student, teacher (`FeatureClassifierOutput`): features (B, D) and logits (B, K) of the two x0.
+
+    Returns:
+        `dict`: scalars "feature_variance_ratio", variance over the batch, mean over the features; and
+        "class_entropy_ratio", entropy of the mean prediction over the batches of all processes.
+    """
+    variance = [wide(output.features).var(0, correction=0).mean() + 1e-12 for output in (student, teacher)]
+    entropies = [1e-3 - diversity(output.logits) for output in (student, teacher)]
+    return {
+        "feature_variance_ratio": variance[0] / variance[1],
+        "class_entropy_ratio": entropies[0] / entropies[1],
+    }
 
 
 def spatial_distance(

@@ -6,12 +6,16 @@ import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from diffusers_rcfd.configs import Rung
+from diffusers_rcfd.hub import read_card
+
+if TYPE_CHECKING:
+    from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 
 ARXIV = "2211.12039"
 BEGIN, END = "<!-- diffusers_rcfd: written by the trainer -->", "<!-- diffusers_rcfd: end -->"
@@ -31,31 +35,35 @@ class RunDescription:
 
     Args:
         repo_id (`str`): "user/name" of the repository, or a folder's name.
-        rungs (`list[Rung]`): the ladder as far as it is climbed; the card is of its last student, or of a base model
-            where there is none.
+        rungs (`list[Rung]`, *optional*): the ladder as far as it is climbed; the card is of its last student, or of a
+            base model where there is none. None where nothing is known of the training, which is then left out.
         teacher (`str`, *optional*): Hub id of the first teacher; a local path is not published.
         dataset (`str`, *optional*): name of the data set; linked where it is a Hub id "owner/name".
         classifier (`str`, *optional*): the classifier whose features were compared.
-        license (`str`, defaults to `"apache-2.0"`): of the weights.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights.
         train_batch_size (`int`), learning_rate (`float`): of distillation, over all processes.
         training_seconds (`float`, *optional*): wall time of distillation.
         evaluations (`dict[int, dict]`): `EvaluationResult.to_dict()` by student steps.
         class_conditional (`bool`): whether the model takes class labels.
+        prediction_type (`str`, defaults to `"sample"`): what the network predicts.
+        num_inference_steps (`int`, *optional*): steps of a model with no `rungs`.
         network_evaluations (`list[int]`): of a student of SFD, which has no rungs: the numbers that it samples in.
         stock_call (`dict`): of a student of SFD, `RCFDPipeline.stock_call`.
     """
 
     repo_id: str
-    rungs: list[Rung]
+    rungs: list[Rung] | None
     teacher: str | None = None
     dataset: str | None = None
     classifier: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = "apache-2.0"
     train_batch_size: int = 128
     learning_rate: float = 5e-5
     training_seconds: float | None = None
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     class_conditional: bool = False
+    prediction_type: str = "sample"
+    num_inference_steps: int | None = None
     network_evaluations: list[int] = field(default_factory=list)
     stock_call: dict[str, Any] = field(default_factory=dict)
 
@@ -63,8 +71,8 @@ class RunDescription:
     def student_steps(self) -> int | None:
         """Steps of the student that the card is of, its most where it has several; None for a base model."""
         if self.network_evaluations:
-            return self.network_evaluations[-1]
-        return self.rungs[-1].student_steps if self.rungs else None
+            return max(self.network_evaluations)
+        return self.rungs[-1].student_steps if self.rungs else self.num_inference_steps
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -108,7 +116,6 @@ def card_metadata(run: RunDescription) -> ModelCardData:
 
 def card_text(run: RunDescription) -> str:
     """The generated section of the card, between its two markers."""
-    distilled = run.rungs or run.network_evaluations
     return "\n".join(
         [
             BEGIN,
@@ -116,16 +123,27 @@ def card_text(run: RunDescription) -> str:
             _usage(run),
             _ladder_table(run),
             _evaluation_section(run),
+            _training_section(run),
+            f"\n## Citation\n\n```bibtex\n{CITATION}\n```\n\n{END}",
+        ]
+    )
+
+
+def _training_section(run: RunDescription) -> str:
+    if run.rungs is None:
+        return ""
+    distilled = run.rungs or run.network_evaluations
+    teacher = run.teacher if is_hub_id(run.teacher) else "trained for this run" if distilled else "none"
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return "\n".join(
+        [
             "## Training\n",
-            f"- teacher: {run.teacher if is_hub_id(run.teacher) else 'trained for this run' if distilled else 'none'}",
+            f"- teacher: {teacher}",
             f"- data: {'none but noise' if run.network_evaluations else _public_name(run.dataset)}",
             f"- classifier: {run.classifier or 'none'}",
             f"- batch {run.train_batch_size}, learning rate {run.learning_rate:g}",
             f"- training time: {_duration(run.training_seconds)}",
-            f"- Python {platform.python_version()}, "
-            + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-            + f", diffusers_rcfd {version('diffusers_rcfd')}",
-            f"\n## Citation\n\n```bibtex\n{CITATION}\n```\n\n{END}",
+            f"- Python {platform.python_version()}, {versions}, diffusers_rcfd {version('diffusers_rcfd')}",
         ]
     )
 
@@ -142,15 +160,17 @@ def _summary(run: RunDescription) -> str:
         counts = ", ".join(map(str, run.network_evaluations))
         paper = "[Zhou et al., 2024](https://arxiv.org/abs/2409.19681)"
         return f"A pixel diffusion model distilled to **{counts} network evaluations** by SFD ({paper})."
-    if not run.rungs:
-        return f"A pixel diffusion model that predicts x0, a base model for few-step distillation ({paper})."
-    N, objective = run.student_steps, run.rungs[-1].objective.upper()
-    return f"A pixel diffusion model distilled to **{N} step{'s' if N > 1 else ''}** by {objective} ({paper})."
+    N = run.student_steps
+    if N is None:
+        predicted = {"sample": "x0", "epsilon": "the noise", "v_prediction": "the velocity v"}[run.prediction_type]
+        return f"A pixel diffusion model that predicts {predicted}, a base model for few-step distillation ({paper})."
+    objective = f" by {run.rungs[-1].objective.upper()}" if run.rungs else ""
+    return f"A pixel diffusion model distilled to **{N} step{'s' if N > 1 else ''}**{objective} ({paper})."
 
 
 def _usage(run: RunDescription) -> str:
     steps = run.student_steps or 64
-    ours = "" if run.rungs or run.network_evaluations else f", num_inference_steps={steps}"
+    ours = "" if run.student_steps else f", num_inference_steps={steps}"
     labels = ", class_labels=[i % 10 for i in range(16)]" if run.class_conditional else ""
     lines = [
         "## Usage\n\n```python",
@@ -276,6 +296,41 @@ def write_model_card(folder: Path, run: RunDescription, existing: str | None = N
         target.parent.mkdir(exist_ok=True)
         target.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
     return card
+
+
+def write_pipeline_card(pipeline: "RCFDPipeline", folder: Path, repo_id: str, token: str | None = None) -> None:
+    """Write the card of a pipeline that is published by itself, with a grid of its samples, from what it knows.
+
+    Args:
+        pipeline (`RCFDPipeline`): the model.
+        folder (`Path`): where it was saved.
+        repo_id (`str`): repository that it goes to; what a person wrote into its card is kept.
+        token (`str`, *optional*): defaults to that of `hf auth login`.
+    """
+    import torch
+    from torchvision.utils import save_image
+
+    counts, num_classes = sorted(pipeline.scheduler.trained_steps), pipeline.num_classes
+    steps = pipeline.scheduler.config.num_inference_steps or max(counts, default=None)
+    images = pipeline(
+        batch_size=16,
+        num_inference_steps=steps or min(64, len(pipeline.scheduler) - 1),
+        generator=torch.Generator().manual_seed(0),
+        class_labels=None if num_classes is None else [i % num_classes for i in range(16)],
+        output_type="pt",
+    ).images
+    save_image(images.float(), folder / "samples.png", nrow=8, padding=1)
+    run = RunDescription(
+        repo_id,
+        rungs=None,
+        license=None,  # whoever publishes chooses it
+        class_conditional=num_classes is not None,
+        prediction_type=pipeline.scheduler.config.prediction_type,
+        num_inference_steps=steps,
+        network_evaluations=counts,
+        stock_call=pipeline.stock_call() if counts else {},
+    )
+    write_model_card(folder, run, read_card(repo_id, token))
 
 
 def read_evaluations(path: Path) -> dict[int, dict[str, Any]]:

@@ -1,16 +1,22 @@
 """The few-step generator: a U-Net and an RCFDScheduler."""
 
+import importlib.util
 import inspect
+import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo
 from huggingface_hub.errors import HfHubHTTPError
 
+from diffusers_rcfd.noise_schedules import schedule_betas
+from diffusers_rcfd.saving import saved_whole
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class RCFDPipeline(DiffusionPipeline):
@@ -27,11 +33,12 @@ class RCFDPipeline(DiffusionPipeline):
     Args:
         unet (`UNet2DModel`): the network, unconditional or class-conditional. Where the scheduler has several lists of
             `nodes`, one table of class embeddings holds all classes for the first list, all for the second, and so on.
-        scheduler (`RCFDScheduler`): or any scheduler with a DDIM-like config, which is turned into one.
+        scheduler (`RCFDScheduler`): or any scheduler with betas (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), which is
+            turned into one.
 
     Raises:
         TypeError: for a network of another kind, such as the `UNet2DConditionModel` of a text-to-image pipeline.
-        ValueError: for a scheduler of another process than z_t = alpha_t x0 + sigma_t eps, such as flow matching.
+        ValueError: for a network that predicts a variance too, or a scheduler without betas, such as flow matching.
     """
 
     model_cpu_offload_seq = "unet"
@@ -41,11 +48,9 @@ class RCFDPipeline(DiffusionPipeline):
         network = getattr(unet, "_orig_mod", unet)  # of a compiled one
         if not isinstance(network, UNet2DModel):
             raise TypeError(f"`unet` must be a UNet2DModel, got {type(network).__name__}.")
+        check_network(network.config)
         if not isinstance(scheduler, RCFDScheduler):
-            if not hasattr(scheduler, "alphas_cumprod"):
-                kind = type(scheduler).__name__
-                raise ValueError(f"`scheduler` must have a schedule that DDIMScheduler can name, got {kind}.")
-            scheduler = RCFDScheduler.from_config(scheduler.config)
+            scheduler = RCFDScheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @property
@@ -95,17 +100,31 @@ class RCFDPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        device = self._execution_device
+        device, dtype = self._device_and_dtype()
         z = self._initial_noise(batch_size, generator, latents, device)
         class_labels = self._check_class_labels(class_labels, len(z), device)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        class_labels = self._embedding_rows(class_labels, z)
+        class_labels = self.network_labels(class_labels, z)
         z = z * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
-            model_output = self.unet(z.to(self.unet.dtype), t, class_labels, return_dict=False)[0]
+            model_output = self.unet(z.to(dtype), t, class_labels, return_dict=False)[0]
             z = self.scheduler.step(model_output.float(), t, z, return_dict=False)[0]
 
+        return self._finish(z, output_type, return_dict)
+
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in which number type the network computes; Diffusers' own answers take as long as a small network.
+
+        Offloaded weights lie on the CPU or nowhere, and weights stored in 8 bits are computed with in more.
+        """
+        weight = next(self.unet.parameters())
+        offloaded = weight.device.type in ("cpu", "meta") and torch.accelerator.is_available()
+        device = self._execution_device if offloaded else weight.device
+        return device, self.unet.dtype if weight.dtype.itemsize == 1 else weight.dtype
+
+    def _finish(self, z: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """Images in [-1, 1] as what the caller asked for."""
         images = (z / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -151,7 +170,7 @@ class RCFDPipeline(DiffusionPipeline):
             raise ValueError(f"`class_labels` must be in 0..{num_classes - 1}, got {labels.tolist()}.")
         return labels.to(device).expand(batch_size)
 
-    def _embedding_rows(self, class_labels, like) -> torch.Tensor | None:
+    def network_labels(self, class_labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
         """What the network is given as class labels (B,) for the step count that the scheduler is set to."""
         counts = self.scheduler.trained_steps
         row = counts.index(self.scheduler.num_inference_steps) if counts else 0
@@ -169,7 +188,7 @@ class RCFDPipeline(DiffusionPipeline):
         """
         self.scheduler.set_timesteps(num_inference_steps)
         labels = None if self.num_classes is None else torch.zeros(1, dtype=torch.int64)
-        rows = self._embedding_rows(labels, torch.empty(1))
+        rows = self.network_labels(labels, torch.empty(1))
         return {
             "timesteps": self.scheduler.timesteps.tolist(),
             "class_labels": None if rows is None else rows.tolist(),
@@ -192,29 +211,114 @@ class RCFDPipeline(DiffusionPipeline):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: pickled weights can run code and are not read.")
         kwargs["use_safetensors"] = True
+        name = str(pretrained_model_name_or_path)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
             if isinstance(error.__cause__, HfHubHTTPError):  # Diffusers speaks of its cache instead
-                name = str(pretrained_model_name_or_path)
                 raise OSError(f"Cannot load {name!r} from the Hub: {error.__cause__}") from error
             raise
+        index = cls.load_config(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        parts = {key for key, value in index.items() if isinstance(value, (list, tuple)) and value[0] is not None}
+        if parts > {"unet", "scheduler"}:  # which Diffusers would leave out without a word
+            others = ", ".join(sorted(parts - {"unet", "scheduler"}))
+            raise ValueError(
+                f"{name!r} must be a pipeline of a unet and a scheduler that makes pixels; it is a "
+                f"{index.get('_class_name')} and has also: {others}."
+            )
+        return pipeline
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory,
+        safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs,
+    ) -> str | None:
         """Save as a stock pipeline in safetensors (see the class), with this class beside it as `pipeline.py`.
+
+        Files take their place once all are written: a failure, such as a full disk, leaves what was there before.
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder, made if it is missing.
-            kwargs: passed to `DiffusionPipeline.save_pretrained` (`push_to_hub`, `variant`, ...).
+            safe_serialization (`bool`, defaults to `True`): nothing else is allowed.
+            push_to_hub (`bool`, defaults to `False`): also write a model card and publish the folder, as one commit.
+            repo_id (`str`, *optional*): repository to publish to; the name of the folder by default.
+            commit_message, private, token, create_pr: see `push_to_hub`.
+            kwargs: passed to `DiffusionPipeline.save_pretrained` (`variant`, ...).
+
+        Returns:
+            the commit's address, where it is published.
+
+        Raises:
+            ValueError: for `safe_serialization=False`.
+            OSError: if writing fails; the folder is then as it was before, and nothing is published.
         """
-        save_directory = Path(save_directory)
-        save_directory.mkdir(parents=True, exist_ok=True)
-        (save_directory / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
-        if self.scheduler.config.nodes:
-            stock = ConsistencyModelPipeline(unet=self.unet, scheduler=self.scheduler.to_dpm_solver())
-        else:
-            stock = DDIMPipeline(unet=self.unet, scheduler=self.scheduler.to_ddim())
-        stock.save_pretrained(str(save_directory), **kwargs)
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: nothing pickled is written.")
+        folder = Path(save_directory)
+        with saved_whole(folder) as partial:
+            (partial / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
+            if self.scheduler.config.nodes:
+                stock = ConsistencyModelPipeline(unet=self.unet, scheduler=self.scheduler.to_dpm_solver())
+            else:
+                stock = DDIMPipeline(unet=self.unet, scheduler=self.scheduler.to_ddim())
+            stock.save_pretrained(str(partial), **kwargs)
+        if not push_to_hub:
+            return None
+        repo_id = create_repo(repo_id or folder.resolve().name, exist_ok=True, private=private, token=token).repo_id
+        if importlib.util.find_spec("diffusers_rcfd"):  # the copy of this file that a saved pipeline carries has none
+            model_card = importlib.import_module("diffusers_rcfd.model_card")
+            model_card.write_pipeline_card(self, folder, repo_id, token)
+        return self._upload_folder(
+            str(folder), repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs,
+    ) -> str:
+        """Publish the pipeline with a model card, as one commit; a person's part of an existing card is kept.
+
+        Args:
+            repo_id (`str`): "name" or "owner/name"; made if it is missing.
+            commit_message (`str`, *optional*): title of the commit.
+            private (`bool`, *optional*): of a new repository; the account's default where not given.
+            token (`str`, *optional*): defaults to that of `hf auth login`.
+            create_pr (`bool`, defaults to `False`): open a pull request instead of committing.
+            kwargs: passed to `save_pretrained` (`variant`, ...).
+
+        Returns:
+            the commit's address.
+        """
+        options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **options, **kwargs)
+
+
+def check_network(config) -> None:
+    """Raise a `ValueError` if a `UNet2DModel` of this config does not turn z_t into a prediction of its own shape."""
+    if config.sample_size is None:
+        raise ValueError("`unet` must have a `sample_size`, the height and width of its images, got None.")
+    if config.out_channels != config.in_channels:
+        raise ValueError(
+            f"`unet` must have as many `out_channels` as `in_channels`={config.in_channels}, got "
+            f"{config.out_channels}: a network that predicts a variance too (`learned_range`) is not supported."
+        )
+    if config.class_embed_type is not None:
+        raise ValueError(
+            f"`unet` must take class labels by `num_class_embeds`, got `class_embed_type`={config.class_embed_type!r}."
+        )
 
 
 def embedding_rows(
@@ -238,6 +342,7 @@ def embedding_rows(
 
 def pipeline_source() -> str:
     """The pipeline and its scheduler as one Python file that needs Diffusers and nothing of ours."""
-    files = dict.fromkeys(inspect.getsourcefile(part) for part in (RCFDScheduler, RCFDPipeline))
+    parts = (saved_whole, schedule_betas, RCFDScheduler, RCFDPipeline)
+    files = dict.fromkeys(inspect.getsourcefile(inspect.unwrap(part)) for part in parts)
     source = "\n\n".join(Path(file).read_text(encoding="utf-8") for file in files)
     return "".join(line for line in source.splitlines(True) if not line.startswith("from diffusers_rcfd"))

@@ -1,7 +1,8 @@
-"""The diffusion process: schedule, step grid, DDIM step and the conversions between x0, eps and v."""
+"""The diffusion process: step grid, DDIM step and the conversions between x0, eps and v."""
 
-import math
+import inspect
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -9,25 +10,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 
+from diffusers_rcfd.noise_schedules import check_has_betas, schedule_betas, zero_terminal_snr
+
 logger = logging.get_logger(__name__)
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
-
-
-def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Tensor:
-    """Betas of the cosine schedule (Nichol and Dhariwal 2021, Eq. 17), float64, shape (num_train_timesteps,)."""
-    u = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-    alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
-
-
-def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Betas whose last SNR is zero and whose first is kept (Lin et al. 2023, Algorithm 1), shape (n,)."""
-    alpha = (1 - betas).cumprod(0).sqrt()
-    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-    alpha_bar = alpha**2
-    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
 def x0_from_eps(eps, z_t, alpha, sigma):
@@ -50,6 +37,15 @@ def v_from_x0(x0, z_t, alpha, sigma):
     return (alpha * z_t - x0) / sigma
 
 
+def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
+    """Clip each image to s, the `ratio` quantile of its |x0| within 1..max_value, and divide it by s; (B, C, H, W).
+
+    Source: Saharia et al. 2022, section 2.3.
+    """
+    s = x0.abs().flatten(1).quantile(ratio, dim=1).clamp(1, max_value).view(-1, 1, 1, 1)
+    return x0.clamp(-s, s) / s
+
+
 def ddim_coefficients(alpha_t, sigma_t, alpha_s, sigma_s):
     """The DDIM step (eta = 0) as z_s = a x0 + b z_t: returns (a, b) (RCFD paper, Eq. 1)."""
     b = sigma_s / sigma_t
@@ -61,8 +57,10 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
     Step k of an N-step sampler stands at index `round(k (n - 1) / N)` of the n-entry schedule, k = N..0, so the
     N-step grid is a subset of the 2N-step grid and a student that halves its teacher's steps meets it exactly.
-    The last step goes to index 0. Takes any config that `DDIMScheduler` can name (`RCFDScheduler.from_config`);
-    of such a config, `timestep_spacing`, `steps_offset` and `set_alpha_to_one` are replaced by the grid above.
+    The last step goes to index 0. Takes the config of any scheduler with betas and integer timesteps, such as DDPM,
+    DDIM, PNDM, DPM-Solver, UniPC, DEIS, Euler and Heun (`RCFDScheduler.from_config`). What such a config says of the
+    schedule, the prediction and the clipping is kept; its solver and its grid (`timestep_spacing`, `steps_offset`,
+    `set_alpha_to_one`, `use_karras_sigmas`, ...) are replaced by DDIM on the grid above.
 
     A student of SFD brings nodes of its own instead of the grid, one list for each number of network evaluations that
     it was trained for. With an analytical first step (AFS), the step from the first node to the second takes the noise
@@ -80,6 +78,9 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             or `"v_prediction"`.
         clip_sample (`bool`, defaults to `True`): clip the predicted x0 when sampling.
         clip_sample_range (`float`, defaults to 1.0): bound of that clip.
+        thresholding (`bool`, defaults to `False`): `dynamic_threshold` in place of that clip.
+        dynamic_thresholding_ratio (`float`, defaults to 0.995): its quantile, in (0, 1].
+        sample_max_value (`float`, defaults to 1.0): its largest threshold, at least 1.
         rescale_betas_zero_snr (`bool`, defaults to `False`): move the schedule to zero terminal SNR; not possible
             with `epsilon`.
         num_inference_steps (`int`, *optional*): steps N that a student was distilled for, 1..n - 1; `None` for a
@@ -106,6 +107,9 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "sample",
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
         rescale_betas_zero_snr: bool = False,
         num_inference_steps: int | None = None,
         nodes: list[list[int]] | None = None,
@@ -124,31 +128,14 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
                 "by: use 'sample' or 'v_prediction'."
             )
 
-        if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
-            if betas.shape != (n,) or not ((betas > 0) & (betas < 1)).all():
-                raise ValueError(
-                    f"`trained_betas` must hold `num_train_timesteps`={n} values in (0, 1), got shape "
-                    f"{tuple(betas.shape)} from {betas.min():.3g} to {betas.max():.3g}."
-                )
-        elif beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(f"`beta_schedule` must be one of {BETA_SCHEDULES}, got {beta_schedule!r}.")
-        elif beta_schedule != "squaredcos_cap_v2" and not 0 < beta_start <= beta_end < 1:
-            raise ValueError(
-                f"`beta_start` and `beta_end` must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and "
-                f"{beta_end}."
-            )
-        elif beta_schedule == "linear":
-            betas = torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
-        elif beta_schedule == "scaled_linear":
-            betas = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
-        elif beta_schedule == "sigmoid":
-            betas = torch.linspace(-6, 6, n, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
-        else:
-            betas = cosine_betas(n)
-        if rescale_betas_zero_snr:
-            betas = zero_terminal_snr(betas)
+        if not 0 < dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"`dynamic_thresholding_ratio` must be in (0, 1], got {dynamic_thresholding_ratio!r}.")
+        if thresholding and sample_max_value < 1:
+            raise ValueError(f"`sample_max_value` must be at least 1, got {sample_max_value!r}.")
 
+        # (n,), float64, before any rescaling
+        self.betas = schedule_betas(n, beta_schedule, beta_start, beta_end, trained_betas)
+        betas = zero_terminal_snr(self.betas) if rescale_betas_zero_snr else self.betas
         self.alphas_cumprod = (1 - betas).cumprod(0)  # (n,), float64
         self.alpha = self.alphas_cumprod.sqrt()
         self.sigma = (1 - self.alphas_cumprod).sqrt()
@@ -175,14 +162,23 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config, return_unused_kwargs=False, **kwargs):
-        """Build from any DDIM-like config; one saved by `to_ddim` or `to_dpm_solver` keeps what only ours knows."""
-        config = config.get("_rcfd", config)
-        # Stock configs list which values were their own defaults; ours differ, so every value is taken as it stands.
-        config = {key: value for key, value in dict(config).items() if key != "_use_default_values"}
+        """Build from the config of a scheduler with betas; one saved by us keeps what only `RCFDScheduler` knows.
+
+        Raises:
+            ValueError: for a config that no schedule of betas at integer timesteps describes: EDM's preconditioning,
+                flow matching, variance-exploding and consistency schedulers.
+        """
+        # Stock configs list which values were their own defaults; ours differ, so every value is taken as it stands,
+        # and what an old config leaves out is the default of the class that wrote it.
+        config = dict(config.get("_rcfd", config))
+        config.pop("_use_default_values", None)
+        stock = getattr(diffusers, config.get("_class_name") or "", None)
+        if stock is not None:
+            signature = inspect.signature(stock.__init__).parameters.values()
+            config = {p.name: p.default for p in signature if p.default is not p.empty} | config
+        check_has_betas(config)
         if "_num_inference_steps" in config:
             config["num_inference_steps"] = config.pop("_num_inference_steps")
-        if config.get("thresholding"):
-            logger.warning("`thresholding` is not applied by RCFDScheduler: the predicted x0 is clipped instead.")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_ddim(self) -> DDIMScheduler:
@@ -201,6 +197,8 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             **self._stock_schedule(),
             clip_sample=self.config.clip_sample,
             clip_sample_range=self.config.clip_sample_range,
+            thresholding=self.config.thresholding,
+            sample_max_value=self.config.sample_max_value,
             timestep_spacing="leading",
             steps_offset=n - 1 - (N - 1) * (n // N),
             set_alpha_to_one=False,
@@ -218,11 +216,12 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         """
         if any(nodes[-1] for nodes in self._nodes.values()):
             logger.warning("Stock DPMSolverMultistepScheduler ends at index 0, these `nodes` do not.")
+        dynamic = self.config.thresholding
         scheduler = DPMSolverMultistepScheduler(
             **self._stock_schedule(),
             solver_order=1,
-            thresholding=self.config.clip_sample,
-            sample_max_value=self.config.clip_sample_range,
+            thresholding=dynamic or self.config.clip_sample,
+            sample_max_value=self.config.sample_max_value if dynamic else self.config.clip_sample_range,
             final_sigmas_type="sigma_min",
         )
         ours = {key: value for key, value in self.config.items() if not key.startswith("_")}
@@ -237,13 +236,11 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             "beta_start": self.config.beta_start,
             "beta_end": self.config.beta_end,
             "beta_schedule": self.config.beta_schedule if named else "linear",
-            "trained_betas": self.config.trained_betas if named else (1 - self._alpha_ratios()).tolist(),
+            "trained_betas": self.config.trained_betas if named else self.betas.tolist(),
             "prediction_type": self.config.prediction_type,
+            "dynamic_thresholding_ratio": self.config.dynamic_thresholding_ratio,
             "rescale_betas_zero_snr": self.config.rescale_betas_zero_snr,
         }
-
-    def _alpha_ratios(self) -> torch.Tensor:
-        return torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
 
     # --- grid -------------------------------------------------------------------------------------------------
 
@@ -327,6 +324,14 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         """Return `sample` unchanged; here for interchange with other schedulers."""
         return sample
 
+    def clip(self, x0: torch.Tensor) -> torch.Tensor:
+        """The predicted x0 (B, C, H, W) clipped as the config says, for sampling."""
+        if self.config.thresholding:
+            return dynamic_threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+        if self.config.clip_sample:
+            return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x0
+
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple:
@@ -341,7 +346,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`, defaults to `True`): a `DDIMSchedulerOutput`, else a tuple.
 
         Returns:
-            `prev_sample` z_s and `pred_original_sample` x0 (clipped when `clip_sample`), both (B, C, H, W).
+            `prev_sample` z_s and `pred_original_sample` x0 (clipped as the config says), both (B, C, H, W).
 
         Raises:
             ValueError: if `timestep` is not on the grid of `set_timesteps`.
@@ -355,8 +360,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         c_z, c_out, a, b = self._coefficients[t]
 
         x0 = model_output if self.config.prediction_type == "sample" else c_z * sample + c_out * model_output
-        if self.config.clip_sample:
-            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        x0 = self.clip(x0)
         prev_sample = torch.add(b * sample, x0, alpha=a)
         if not return_dict:
             return prev_sample, x0

@@ -5,24 +5,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils import logging
 from torchvision.utils import save_image
 
-from diffusers_rcfd.cfd_trainer import EVALUATION_FILE, without_dropout
-from diffusers_rcfd.checkpoints import write_json
+from diffusers_rcfd.cfd_trainer import without_dropout
+from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
 from diffusers_rcfd.configs import require
-from diffusers_rcfd.diffusion_trainer import sample_grid
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.feature_terms import feature_terms, spatial_distance
+from diffusers_rcfd.generator_trainer import GeneratorTrainer, sample_grid
+from diffusers_rcfd.losses import log_mean_prediction
 from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline, embedding_rows
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.sfd_config import SFDDistillationConfig
-from diffusers_rcfd.training import Stage, Trainer
+from diffusers_rcfd.training import Stage
 from diffusers_rcfd.trajectories import (
     analytical_first_step,
     euler_step,
@@ -44,14 +46,26 @@ class Route:
     teacher: list[int]
 
 
-class SFDDistillationTrainer(Trainer):
+@dataclass
+class Walk:
+    """A batch on its way down a route: the student's state x = z / alpha at a node, and what lies before it.
+
+    Each of `steps` is k and k_next, the nodes that it leads from and to, and the teacher's state at the latter.
+    """
+
+    x: torch.Tensor
+    labels: torch.Tensor | None
+    steps: list[tuple[int, int, torch.Tensor]]
+
+
+class SFDDistillationTrainer(GeneratorTrainer):
     """Distils a teacher into a few evaluations along the student's own trajectory (SFD), without images.
 
     A step of the loop is a batch of noise: the teacher takes it down to the last node once, the student node by node,
     with an optimizer step at each and the weights so moved at the next. A checkpoint therefore lies between
     trajectories. The student is an `RCFDPipeline` whose scheduler holds its nodes; it does not clip, as in training.
-    Metrics are sums over the nodes of a trajectory. A batch costs K (N - 1) forward passes of the teacher and, for
-    each evaluation of the student, a forward and a backward pass.
+    Metrics are means over the optimizer steps, that is over nodes. A batch costs K (N - 1) forward passes of the
+    teacher and, for each evaluation of the student, a forward and a backward pass.
 
     A teacher that is itself a student of SFD starts the second stage: it samples in its own nodes, by Euler steps,
     and the student's nodes must be among them; `teacher_steps` and the solver are then not used.
@@ -64,6 +78,7 @@ class SFDDistillationTrainer(Trainer):
         config (`SFDDistillationConfig`): the options; defaults are the paper's.
         lpips (`Callable`, *optional*): `lpips.LPIPS` with its weights, or anything that takes two batches of images in
             [-1, 1] with three channels to (B,) or (B, 1, 1, 1).
+        evaluator (`Evaluator`, *optional*): measures the student, in its largest step count, every `eval_steps`.
 
     Raises:
         ValueError: if nodes, teacher and classifier do not fit.
@@ -75,13 +90,14 @@ class SFDDistillationTrainer(Trainer):
         classifier: FeatureClassifier | None = None,
         config: SFDDistillationConfig | None = None,
         lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        evaluator: Evaluator | None = None,
     ):
         config = config or SFDDistillationConfig()
-        super().__init__(config, None)
+        super().__init__(config, None, evaluator)
         if not isinstance(teacher, RCFDPipeline):
             teacher = RCFDPipeline(teacher.unet, teacher.scheduler)
         self.teacher, self.classifier, self.lpips = teacher, classifier, lpips
-        self.student = None
+        self.student, self.log_p_mean = None, None
         self.second_stage = bool(teacher.scheduler.config.nodes)
         if not self.second_stage and teacher.scheduler.config.num_inference_steps is not None:
             N = teacher.scheduler.config.num_inference_steps
@@ -99,6 +115,7 @@ class SFDDistillationTrainer(Trainer):
                 "analytical_first_step": config.analytical_first_step,
                 "num_inference_steps": max(config.student_steps),
                 "clip_sample": False,
+                "thresholding": False,
             }
         )
         self.teacher_name = teacher.config.get("_name_or_path")
@@ -166,11 +183,13 @@ class SFDDistillationTrainer(Trainer):
         if len(self.routes) > 1:
             student = for_counts(student, len(self.routes))
         without_dropout(student).requires_grad_(True)
-        if self.config.mixed_precision != "fp16":  # whose loss scaling has to see what overflows
-            for parameter in student.parameters():
-                parameter.register_hook(lambda gradient: gradient.nan_to_num(nan=0.0, posinf=1e5, neginf=-1e5))
         yield Stage("student", 0, student, self.config.max_train_steps)
         self.student = RCFDPipeline(self.model, self.scheduler)
+
+    def made_by(self) -> dict[str, Any]:
+        """Also by this teacher's network, these nodes and this objective."""
+        nodes = {"nodes": [route.student for route in self.routes], "teacher_nodes": [r.teacher for r in self.routes]}
+        return super().made_by() | architecture(self.teacher.unet) | nodes | {"objective": self.config.objective}
 
     def train(self) -> RCFDPipeline:
         """Train, save to `output_dir` and return the student."""
@@ -181,9 +200,9 @@ class SFDDistillationTrainer(Trainer):
         """Save the student."""
         RCFDPipeline(stage.model, self.scheduler).save_pretrained(self.output_dir)
 
-    def sample_images(self, stage: Stage) -> torch.Tensor:
-        """The student's samples in its default number of evaluations, from noise that is the same at every call."""
-        return sample_grid(RCFDPipeline(self._unwrapped(), self.scheduler), self.config)
+    def sampler(self) -> tuple[RCFDPipeline, None]:
+        """The student, in its default number of evaluations, the largest."""
+        return RCFDPipeline(self._unwrapped(), self.scheduler), None
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise, the route of all (uniform, SFD-v), and classes (uniform) for a class-conditional teacher."""
@@ -196,38 +215,58 @@ class SFDDistillationTrainer(Trainer):
             draws["labels"] = torch.randint(self.num_classes, (batch_size,), generator=generator, device=device)
         return draws
 
-    def num_losses(self, draws: dict[str, torch.Tensor]) -> int:
+    def num_optimizer_steps(self, batch: dict[str, torch.Tensor]) -> int:
         """Network evaluations of the drawn route, each of which has a loss."""
-        return self.config.student_steps[int(draws["route"][0])]
+        return self.config.student_steps[int(batch["route"][0])]
 
-    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The sums of `losses` over a trajectory of the weights as they are.
+    def prepare_step(self, batches: list[dict[str, Any]]) -> None:
+        """Set the batches out on their walk, the first time, and take rcfd's mean prediction where they stand."""
+        for batch in batches:
+            if "walk" not in batch:
+                batch["walk"] = self.begin_walk(batch)
+        config, self.log_p_mean = self.config, None
+        diverse = config.objective == "rcfd" and config.regularization_weight * (1 - config.entropy_ratio) > 0
+        if len(batches) > 1 and diverse:
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = [self.classifier(self._x0_at_node(batch["walk"])).logits for batch in batches]
+                self.log_p_mean = log_mean_prediction(torch.cat(logits))
+
+    def begin_walk(self, batch: dict[str, torch.Tensor]) -> Walk:
+        """Noise at the first node that is evaluated, with the teacher's trajectory from it (SFD, Alg. 1).
 
         Args:
             batch (`dict`): "noise" (B, C, H, W), "route" (B,) all equal, "labels" (B,) where there are classes.
         """
-        sums: dict[str, torch.Tensor] = {}
-        for terms in self.losses(batch):
-            sums = {name: sums.get(name, 0) + terms.get(name, 0) for name in {**sums, **terms}}
-        return sums
-
-    def losses(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        """The terms at each evaluated node, the student moving on by the weights that it had there (SFD, Alg. 1)."""
         row = int(batch["route"][0])
         route, labels = self.routes[row], batch.get("labels")
         x = batch["noise"] / self.scheduler.alpha[route.student[0]].item()
         targets = self.teacher_states(x, route, labels)
-        labels = embedding_rows(labels, row, len(self.routes), self.num_classes, x)
-        for i, ((k, k_next), target) in enumerate(zip(pairwise(route.student), targets, strict=True)):
-            s, s_next = self.nu[k].item(), self.nu[k_next].item()
-            if i == 0 and self.config.analytical_first_step:
-                x = analytical_first_step(x, s, s_next)
-                continue
-            x0 = self._denoise(self.model, x, k, labels)
-            x_next = euler_step(x, x0, s, s_next)
-            last = i == len(targets) - 1
-            yield self._terms_at_node(x0, one_step_target(x, target, s, s_next), x_next, target, last)
-            x = x_next.detach()
+        steps = [(*nodes, target) for nodes, target in zip(pairwise(route.student), targets, strict=True)]
+        if self.config.analytical_first_step:
+            k, k_next, _ = steps.pop(0)
+            x = analytical_first_step(x, self.nu[k].item(), self.nu[k_next].item())
+        return Walk(x, embedding_rows(labels, row, len(self.routes), self.num_classes, x), steps)
+
+    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Named terms of the objective at the node where a batch stands, which then moves on to the next one.
+
+        It moves by the weights that the loss was taken with, before the optimizer step.
+
+        Args:
+            batch (`dict`): "walk" (`Walk`), of `prepare_step`.
+        """
+        walk = batch["walk"]
+        (k, k_next, target), last = walk.steps[0], len(walk.steps) == 1
+        s, s_next = self.nu[k].item(), self.nu[k_next].item()
+        x0 = self._x0_at_node(walk)
+        x_next = euler_step(walk.x, x0, s, s_next)
+        terms = self._terms_at_node(x0, one_step_target(walk.x, target, s, s_next), x_next, target, last)
+        walk.x, walk.steps = x_next.detach(), walk.steps[1:]
+        return terms
+
+    def _x0_at_node(self, walk: Walk) -> torch.Tensor:
+        """The student's denoised image (B, C, H, W) where a batch stands."""
+        return self._denoise(self.model, walk.x, walk.steps[0][0], walk.labels)
 
     @torch.no_grad()
     def teacher_states(self, x: torch.Tensor, route: Route, labels: torch.Tensor | None) -> list[torch.Tensor]:
@@ -262,7 +301,8 @@ class SFDDistillationTrainer(Trainer):
             regularization = (config.regularization_weight, config.entropy_ratio)
             with self.accelerator.autocast():
                 terms = feature_terms(self.classifier, x0, x0_target, config, config.temperature,
-                                      regularization if config.objective == "rcfd" else None)  # fmt: skip
+                                      regularization if config.objective == "rcfd" else None,
+                                      self.log_p_mean)  # fmt: skip
             return terms | {"loss": terms["loss"] + config.l1_weight * l1, "l1": l1}
         if not (self.second_stage and last and config.perceptual_weight):
             return {"loss": l1, "l1": l1}
@@ -275,11 +315,11 @@ class SFDDistillationTrainer(Trainer):
         loss = l1 + config.perceptual_weight * x0[0].numel() * perceptual
         return {"loss": loss, "l1": l1, "perceptual": perceptual}
 
-    def evaluate(self, evaluator: Evaluator, num_images: int = 50_000) -> dict[int, dict]:
+    def evaluate(self, evaluator: Evaluator | None = None, num_images: int = 50_000) -> dict[int, dict]:
         """Evaluate the finished student in each of its step counts, for the metrics file and the card.
 
         Args:
-            evaluator (`Evaluator`): the metrics and the reference.
+            evaluator (`Evaluator`, *optional*): the metrics and the reference; the trainer's own if not given.
             num_images (`int`, defaults to 50 000): generated images of each step count.
 
         Returns:
@@ -287,12 +327,11 @@ class SFDDistillationTrainer(Trainer):
         """
         student, results = RCFDPipeline.from_pretrained(str(self.output_dir)).to(self.accelerator.device), {}
         for N in student.scheduler.trained_steps:
-            result = evaluator.evaluate_pipeline(student, num_images, N, progress=False)
+            result = (evaluator or self.evaluator).evaluate_pipeline(student, num_images, N, progress=False)
             results[N] = result.to_dict()
-            values = {metric.label: metric.value for metric in result.metrics.values()}
-            self.write_metrics({"stage": "student", "num_inference_steps": N, **values})
-        if self.accelerator.is_main_process:
-            write_json(self.output_dir / EVALUATION_FILE, results)
+            self.write_metrics({"stage": "student", "num_inference_steps": N, **result.named_values})
+            if self.accelerator.is_main_process:
+                self.record_evaluation(N, result)
         return results
 
     # --- the Hub ----------------------------------------------------------------------------------------------------
@@ -325,13 +364,7 @@ def for_counts(unet: UNet2DModel, counts: int) -> UNet2DModel:
 
     `UNet2DModel` adds class embeddings to the time embedding, and a table of step count and class together is what a
     plain one can hold.
-
-    Raises:
-        ValueError: for a network whose class embedding is not a table.
     """
-    require(
-        unet.config.class_embed_type is None, "teacher", unet.config.class_embed_type, "of `class_embed_type` None"
-    )
     table = torch.zeros(1, unet.time_embedding.linear_2.out_features)
     if unet.class_embedding is not None:
         table = unet.class_embedding.weight.detach()

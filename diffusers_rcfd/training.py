@@ -5,10 +5,9 @@ levels and the dropout. A resumed run therefore repeats the run that was never s
 of B / p draw what one process with batches of B draws.
 """
 
-import itertools
+import copy
 import json
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,20 +19,34 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, gather_object
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from diffusers_rcfd.batches import RandomBatches, derived_seed
-from diffusers_rcfd.checkpoints import STATE_FILE, TrainerState, check_output_dir, find_checkpoints, write_json
+from diffusers_rcfd.batches import derived_seed, endless_batches
+from diffusers_rcfd.checkpoints import (
+    METRICS_FILE,
+    TrainerState,
+    load_checkpoint,
+    open_output_dir,
+    read_state,
+    save_checkpoint,
+    whole,
+    window_of,
+    write_json,
+)
 from diffusers_rcfd.configs import TrainingConfig
 from diffusers_rcfd.hub import open_repository, publish_folder, read_card
-from diffusers_rcfd.image_tensors import to_model_range
-
-METRICS_FILE = "metrics.jsonl"
+from diffusers_rcfd.interruption import Interruption, host_group, largest_of_all
+from diffusers_rcfd.optimization import average_step, backward, begin_momentum, build_optimizer, clip_gradients
+from diffusers_rcfd.skipped_steps import SkippedSteps, means_of_taken
 
 
 @dataclass
@@ -47,8 +60,8 @@ class Stage:
 
 
 class Trainer:
-    """Base of the trainers. A trainer gives `stages`, `draw` and `compute_loss`, and may extend `losses`,
-    `finish_stage` and `sample_images`; `train` does the rest.
+    """Base of the trainers. A trainer gives `stages`, `draw` and `compute_loss`, and may extend `made_by`,
+    `num_optimizer_steps`, `prepare_step`, `finish_stage` and `sample_images`; `train` does the rest.
 
     Args:
         config (`TrainingConfig`): the options.
@@ -73,6 +86,12 @@ class Trainer:
         self.model = None  # of the stage under way, prepared by Accelerate
         self.ema = None
         self.repo_id = None
+        self.checkpoint = None  # the last one written, or resumed from
+        for name in ("sample_steps", "eval_steps"):
+            if self.accelerator.is_fsdp2 and getattr(config, name) > 0:
+                raise ValueError(
+                    f"`{name}` must be 0 with FSDP, where no process has all the weights, got {getattr(config, name)}."
+                )
         together = config.train_batch_size * self.accelerator.num_processes
         counted = train_dataset is not None and not isinstance(train_dataset, IterableDataset)
         if counted and len(train_dataset) < together:
@@ -87,6 +106,23 @@ class Trainer:
         """The models to train, one after another, from stage `first` on."""
         raise NotImplementedError
 
+    def made_by(self) -> dict[str, Any]:
+        """What a checkpoint must have been made by for this trainer to go on from it, by name."""
+        accelerator, made_by = self.accelerator, {"trainer": type(self).__name__}
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded:
+            made_by["engine"] = accelerator.distributed_type.value
+        if sharded or isinstance(self.train_dataset, IterableDataset):
+            made_by["num_processes"] = accelerator.num_processes
+        return made_by
+
+    def num_optimizer_steps(self, batch: dict[str, torch.Tensor]) -> int:
+        """How many optimizer steps the batches of a step give, one after another; the same for each of them."""
+        return 1
+
+    def prepare_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Look at all batches of an optimizer step, before `compute_loss` sees one after another."""
+
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The random numbers that `compute_loss` needs for a batch, each (batch_size, ...), by name."""
         raise NotImplementedError
@@ -95,16 +131,14 @@ class Trainer:
         """Named scalar terms of the loss, among them "loss", of `batch`: images (B, C, H, W), labels and draws."""
         raise NotImplementedError
 
-    def losses(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        """The terms of `compute_loss`; several of them, where a batch gives one optimizer step after another."""
-        yield self.compute_loss(batch)
-
-    def num_losses(self, draws: dict[str, torch.Tensor]) -> int:
-        """How many of `losses` a batch gives, by its draws."""
-        return 1
-
     def finish_stage(self, stage: Stage) -> None:
         """Save the result of a stage; its model holds the final (averaged) weights."""
+
+    def evaluate_model(self, stage: Stage) -> None:
+        """Measure the model under training, which holds its averaged weights; called every `eval_steps`."""
+
+    def choose_weights(self, stage: Stage) -> None:
+        """Put other weights than the last ones into the model of a stage that is done."""
 
     def sample_images(self, stage: Stage) -> torch.Tensor | None:
         """Images (B, C, H, W) in [0, 1] from fixed noise for the sample grid, or None."""
@@ -115,20 +149,29 @@ class Trainer:
         """Train every stage, from the beginning or from a checkpoint.
 
         Raises:
-            ValueError: if `output_dir` is not empty and neither resumed from nor overwritten.
-            FileNotFoundError: if `resume_from_checkpoint` names no whole checkpoint.
+            ValueError: if `output_dir` is not empty and neither resumed from nor overwritten, or a checkpoint is
+                damaged or of another run; also where the data set raises one.
+            FileNotFoundError: if `resume_from_checkpoint` names no checkpoint.
+            FloatingPointError: if loss or gradient were not finite for `max_skipped_steps` in a row.
+            RuntimeError: if the data set fails; a checkpoint is saved first.
+            OSError: if a checkpoint cannot be written; those before it are whole.
+            SystemExit: with 128 + 15 or 128 + 2, after SIGTERM or SIGINT; a checkpoint is saved first.
         """
-        checkpoint = self._open_output_dir()
+        checkpoint = self.checkpoint = open_output_dir(self.accelerator, self.config, self.made_by())
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.open_repository()  # a wrong token is found now, not after days
         if checkpoint is not None:
-            self.state = TrainerState(**json.loads((checkpoint / STATE_FILE).read_text()))
+            self.state = read_state(checkpoint)
         self._record_run()
         began = time.perf_counter() - self.state.seconds
         self._seconds = lambda: time.perf_counter() - began
-        for stage in self.stages(self.state.stage):
-            self._run_stage(stage, checkpoint)
-            checkpoint = None
+        self._host_group = host_group(self.accelerator)
+        with Interruption() as self._interruption:
+            for stage in self.stages(self.state.stage):
+                self._run_stage(stage, checkpoint)
+                checkpoint = None
+            if self._interruption.signal:
+                raise SystemExit(128 + self._interruption.signal)
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.push_to_hub()
         for tracker in self.accelerator.trackers:  # not `end_training`, after which no other trainer could follow
@@ -137,7 +180,7 @@ class Trainer:
     def _run_stage(self, stage: Stage, checkpoint: Path | None) -> None:
         config, accelerator, state = self.config, self.accelerator, self.state
         optimizer, lr_scheduler = self._prepare(stage, checkpoint)
-        batches = self._batches(stage)
+        batches = endless_batches(accelerator, self.train_dataset, config, state)
         bar = tqdm(
             total=stage.max_train_steps,
             initial=state.step,
@@ -145,34 +188,30 @@ class Trainer:
             unit="step",
             **({} if accelerator.is_local_main_process else {"disable": True}),  # TQDM_DISABLE has its say
         )
-        sums = {name: torch.tensor(value, device=accelerator.device) for name, value in state.window.items()}
+        skipped = SkippedSteps(config.max_skipped_steps, accelerator.scaler)
+        window = window_of(state, accelerator.process_index, accelerator.num_processes)
+        sums = {name: torch.tensor(value, device=accelerator.device) for name, value in window.items()}
         while state.step < stage.max_train_steps:
-            for turn in self._turns(stage, batches):
-                with accelerator.accumulate(self.model):
-                    terms = next(turn)
-                    accelerator.backward(terms["loss"])
-                    if accelerator.sync_gradients and config.max_grad_norm > 0:
-                        terms["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                for name, term in terms.items():
-                    term = term.detach().float() / (1 if name == "grad_norm" else config.gradient_accumulation_steps)
-                    sums[name] = sums[name] + term if name in sums else term
-            lr_scheduler.step()
-            if self.ema is not None:
-                self.ema.step(self._unwrapped().parameters())
+            step_batches = self._next_step(stage, batches, sums)
+            for terms in self._train_step(step_batches, optimizer, lr_scheduler):
+                sums = skipped.add(terms, sums)
             state.step += 1
             state.global_step += 1
             bar.update()
 
             last = state.step == stage.max_train_steps
-            if state.step % config.logging_steps == 0 or last:
-                sums = self._log(stage, sums, lr_scheduler.get_last_lr()[0], bar)
+            logging = state.step % config.logging_steps == 0 or last
+            if logging or accelerator.device.type == "cpu":
+                skipped.check(f"step {state.step} of {stage.name}", self.checkpoint)
+            if logging:
+                sums = self._log(stage, means_of_taken(sums), lr_scheduler.get_last_lr()[0], bar)
+            if config.eval_steps and (state.step % config.eval_steps == 0 or last):
+                with self._averaged_weights():
+                    self.evaluate_model(stage)
             if config.sample_steps and (state.step % config.sample_steps == 0 or last):
                 self._save_samples(stage)
             if config.checkpointing_steps and state.step % config.checkpointing_steps == 0 and not last:
-                state.window = {name: value.item() for name, value in sums.items()}
-                self._save_checkpoint()
+                self._save_checkpoint(sums)
         bar.close()
         self._end_stage(stage)
 
@@ -185,75 +224,76 @@ class Trainer:
         lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
                                      num_training_steps=stage.max_train_steps,
                                      step_rules=f"1:{stage.max_train_steps // 2},0.1")  # fmt: skip
+        self._whole_model = copy.deepcopy(stage.model).cpu() if accelerator.is_fsdp2 else None
         self.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
+        begin_momentum(optimizer)
         self.ema = None
         if config.ema_decay:
-            self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=True)
+            foreach = not accelerator.is_fsdp2  # whose parameters `copy_to` then copies one by one
+            self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=foreach)
         if checkpoint is not None and self.state.step:
-            accelerator.load_state(str(checkpoint))
-            if self.ema is not None:
-                saved = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
-                for i, shadow in enumerate(self.ema.shadow_params):
-                    shadow.copy_(saved[str(i)])
-                self.ema.optimization_step = self.state.step
+            load_checkpoint(accelerator, checkpoint, self.state, self.ema)
         return optimizer, lr_scheduler
 
-    def _batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless batches of this process, from where the stage stands; empty ones without a data set."""
-        if self.train_dataset is None:
-            yield from itertools.repeat({})
-        config, accelerator = self.config, self.accelerator
-        first = self.state.step * config.gradient_accumulation_steps
-        loader_options = {
-            "num_workers": config.dataloader_num_workers,
-            "pin_memory": accelerator.device.type == "cuda",
-            "collate_fn": getattr(self.train_dataset, "collate", None),
-            "generator": torch.Generator(),  # of its own, or it would draw from that of the dropout
-        }
-        if isinstance(self.train_dataset, IterableDataset):
-            batches = self._stream(first, loader_options)
-        else:
-            order = RandomBatches(
-                len(self.train_dataset),
-                config.train_batch_size,
-                derived_seed(config.seed, stage.index),
-                first,
-                accelerator.process_index,
-                accelerator.num_processes,
-            )
-            batches = DataLoader(self.train_dataset, batch_sampler=order, **loader_options)
-        for batch in batches:
-            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-            yield batch | {"images": to_model_range(batch["images"])}
-
-    def _stream(self, first: int, loader_options: dict) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless batches of a streaming data set, epoch after epoch; what a resumed epoch had read is read again.
-
-        Raises:
-            ValueError: if an epoch of this process does not fill one batch.
+    def _next_step(self, stage: Stage, batches: Iterator[dict], sums: dict) -> list[dict[str, torch.Tensor]]:
+        """The batches of the next optimizer step with their draws. Here, between two steps, all processes leave
+        together when one is to: a checkpoint is saved, then the data's error or `SystemExit` is raised.
         """
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        stream = self.train_dataset.split_by_node(process, processes)
-        self.state.streams = self.state.streams or [[0, 0] for _ in range(processes)]
-        mine = self.state.streams[process]
-        while True:
-            epoch, before = mine
-            stream.set_epoch(epoch)
-            loader = DataLoader(stream, batch_size=self.config.train_batch_size, drop_last=True, **loader_options)
-            for batch in itertools.islice(loader, first - before, None):
-                first += 1
-                yield batch
-            if first == before:
-                raise ValueError(
-                    f"`train_batch_size` must be at most the images that the stream has for a process, got "
-                    f"{self.config.train_batch_size}."
-                )
-            mine[:] = epoch + 1, first
+        state, config, fetched, error = self.state, self.config, [], None
+        streams = copy.deepcopy(state.streams)
+        try:
+            for _ in range(config.gradient_accumulation_steps):
+                fetched.append(next(batches))
+        except Exception as trouble:  # whatever a data set or a worker of its loader may raise
+            error = trouble
+        if config.dataloader_num_workers:
+            self._interruption.notice_dead_workers_late()
+        number = largest_of_all(self._interruption.signal or int(error is not None), self._host_group)
+        if number == 0:
+            return [batch | draws for batch, draws in zip(fetched, self._draws(stage), strict=True)]
+        state.streams = streams
+        if self.checkpoint != self.output_dir / f"checkpoint-{state.global_step}":
+            self._save_checkpoint(sums)
+        if number > 1:
+            raise SystemExit(128 + number)
+        name = getattr(self.train_dataset, "name", type(self.train_dataset).__name__)
+        reason = "in another process" if error is None else f"{type(error).__name__}: {error}"
+        raise (ValueError if isinstance(error, ValueError) else RuntimeError)(
+            f"`train_dataset` {name} failed after step {state.step} of {stage.name}: {reason} The run is saved in "
+            f"{self.checkpoint} and goes on with `resume_from_checkpoint='latest'`."
+        ) from error
 
-    def _turns(self, stage: Stage, batches: Iterator[dict]) -> list[Iterator[dict[str, torch.Tensor]]]:
-        """The batches of one step as their `losses`, each as often as it is asked; accumulated ones take turns."""
-        draws = self._draws(stage)
-        return [self.losses(next(batches) | draw) for draw in draws] * self.num_losses(draws[0])
+    def _train_step(self, batches: list[dict], optimizer, lr_scheduler) -> list[dict[str, torch.Tensor]]:
+        """One step of the loop: of each of its optimizer steps what `_optimizer_step` gives."""
+        steps = [self._optimizer_step(batches, optimizer) for _ in range(self.num_optimizer_steps(batches[0]))]
+        lr_scheduler.step()
+        if self.ema is not None:
+            taken = torch.stack([terms["grad_norm"].isfinite() for terms in steps]).any()
+            average_step(self.ema, list(self._unwrapped().parameters()), taken)
+        return steps
+
+    def _optimizer_step(self, batches: list[dict], optimizer) -> dict[str, torch.Tensor]:
+        """One optimizer step; its loss terms, means over the batches, and "grad_norm".
+
+        Where loss or gradient are not finite on any process, weights, averages and optimizer stay as they are.
+        """
+        config, accelerator, means = self.config, self.accelerator, {}
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of batch norm
+        before = [buffer.clone() for buffer in statistics]
+        self.prepare_step(batches)
+        for batch in batches:
+            with accelerator.accumulate(self.model):
+                terms = self.compute_loss(batch)
+                backward(accelerator, terms["loss"])
+                if accelerator.sync_gradients:
+                    norm = clip_gradients(accelerator, self.model, optimizer, config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, term in terms.items():
+                means[name] = means.get(name, 0) + term.detach().float() / config.gradient_accumulation_steps
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(norm.isfinite(), buffer, value))
+        return means | {"grad_norm": norm.float()}
 
     def _draws(self, stage: Stage) -> list[dict[str, torch.Tensor]]:
         """The random numbers of one optimizer step: this process's share, one dictionary for each batch."""
@@ -269,13 +309,10 @@ class Trainer:
 
     # --- records ------------------------------------------------------------------------------------------------
 
-    def _log(self, stage: Stage, sums: dict, learning_rate: float, bar: tqdm) -> dict:
-        """Write the means since the last line to the metrics file, the trackers and the progress bar."""
-        state = self.state
-        count = (state.step - 1) % self.config.logging_steps + 1
-        means = self.accelerator.reduce({name: value / count for name, value in sums.items()}, reduction="mean")
-        means = {name: value.item() for name, value in means.items()}
-        self.write_metrics({"stage": stage.name, "step": state.step, **means, "learning_rate": learning_rate})
+    def _log(self, stage: Stage, means: dict, learning_rate: float, bar: tqdm) -> dict:
+        """Write the means since the last line to the metrics file, the trackers and the progress bar; no sums yet."""
+        means = {name: value.item() for name, value in self.accelerator.reduce(means, reduction="mean").items()}
+        self.write_metrics({"stage": stage.name, "step": self.state.step, **means, "learning_rate": learning_rate})
         bar.set_postfix(loss=f"{means['loss']:.4g}")
         return {}
 
@@ -360,62 +397,31 @@ class Trainer:
         """Keep the final weights, hand them to `finish_stage` and note in a checkpoint that the stage is done."""
         if self.ema is not None:
             self.ema.copy_to(self._unwrapped().parameters())
-        stage.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self._whole_model is not None:
+            self._whole_model.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            model = self._whole_model.to(self.accelerator.device)
+        stage.model = model.eval()
         self.accelerator.free_memory()
         self.model = stage.model
+        self.choose_weights(stage)
         self.state.seconds = self._seconds()
         if self.accelerator.is_main_process:
             self.finish_stage(stage)
             if self.config.push_to_hub and self.config.hub_strategy != "end":
                 self.push_to_hub()
         self.accelerator.wait_for_everyone()
-        self.state.stage, self.state.step, self.state.window, self.state.streams = stage.index + 1, 0, {}, []
-        self._save_checkpoint()  # small: that the stage is done
+        self.state.stage, self.state.step, self.state.best, self.state.streams = stage.index + 1, 0, None, []
+        self._save_checkpoint({})  # small: that the stage is done
 
-    def _save_checkpoint(self) -> None:
-        """Write a checkpoint beside its final place, then rename it; older ones go once it is safe."""
+    def _save_checkpoint(self, sums: dict[str, torch.Tensor]) -> None:
+        """Save where the run stands, with the sums of the loss terms since the last line of metrics."""
         self.state.seconds = self._seconds()
-        accelerator, folder = self.accelerator, self.output_dir / f"checkpoint-{self.state.global_step}"
-        partial = folder.with_name(f"partial-{folder.name}")
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        accelerator.wait_for_everyone()
-        if self.state.streams:
-            self.state.streams = gather_object([self.state.streams[accelerator.process_index]])
-        if self.state.step:
-            accelerator.save_state(str(partial))
-        if accelerator.is_main_process and self.state.step and self.ema is not None:
-            shadow = {str(i): value.contiguous() for i, value in enumerate(self.ema.shadow_params)}
-            save_file(shadow, partial / "ema.safetensors")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_json(partial / STATE_FILE, asdict(self.state))
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            for old in find_checkpoints(self.output_dir)[: -self.config.checkpoints_total_limit]:
-                shutil.rmtree(old)
-            if self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
-                publish_folder(folder, self.repo_id, "checkpoint", self.config.hub_token, folder.name)
-        accelerator.wait_for_everyone()
-
-    def _open_output_dir(self) -> Path | None:
-        """Check `output_dir`; the checkpoint to resume from, with the metrics cut back to it, or None."""
-        checkpoint = check_output_dir(self.config)
-        self.accelerator.wait_for_everyone()  # nobody writes before everyone has looked
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            metrics = self.output_dir / METRICS_FILE
-            if checkpoint is None:
-                metrics.unlink(missing_ok=True)
-                for old in [*self.output_dir.glob("checkpoint-*"), *self.output_dir.glob("samples")]:
-                    shutil.rmtree(old)
-            elif metrics.exists():
-                reached = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
-                lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]
-                metrics.write_text("".join(line for line in lines if json.loads(line)["global_step"] <= reached))
+        self.state.windows = [{name: value.item() for name, value in sums.items()}] * self.accelerator.num_processes
+        self.checkpoint = save_checkpoint(self.accelerator, self.state, self.ema, self.config, self.made_by())
+        if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
+            publish_folder(self.checkpoint, self.repo_id, "checkpoint", self.config.hub_token, self.checkpoint.name)
         self.accelerator.wait_for_everyone()
-        return checkpoint
 
     def _unwrapped(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.model)
@@ -431,11 +437,3 @@ class Trainer:
         if self.ema is not None:
             self.ema.restore(model.parameters())
         model.train()
-
-
-def build_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, fused into one kernel."""
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **options)

@@ -62,10 +62,16 @@ GROUPS = (
 )
 
 
-def main():
+def read_options(args: list[str] | None = None):
+    """The options of the job, from the command line and its recipe."""
     recipes = Path(__file__).parent / "configs"
     ladder = {"student_steps": PER_RUNG}  # a ladder of one's own has as many values as it has rungs, not the recipe's
-    run(*parse_options(*GROUPS, description=__doc__, recipes=recipes, default_recipe="digits", overridden=ladder))
+    groups = {"description": __doc__, "recipes": recipes, "default_recipe": "digits", "overridden": ladder}
+    return parse_options(*GROUPS, **groups, args=args)
+
+
+def main(args: list[str] | None = None):
+    run(*read_options(args))
 
 
 def run(job, data, base, classifier, evaluator, distillation):
@@ -75,6 +81,7 @@ def run(job, data, base, classifier, evaluator, distillation):
 
     from diffusers_rcfd import (
         CFDDistillationTrainer,
+        DiffusionTrainer,
         RCFDPipeline,
         RCFDScheduler,
         load_feature_classifier,
@@ -83,7 +90,7 @@ def run(job, data, base, classifier, evaluator, distillation):
     from diffusers_rcfd.cfd_trainer import check_classifier_fits
     from diffusers_rcfd.checkpoints import check_output_dir
     from diffusers_rcfd.comparison import Contender
-    from diffusers_rcfd.diffusion_trainer import check_images_fit
+    from diffusers_rcfd.generator_trainer import check_images_fit
 
     accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
@@ -95,6 +102,7 @@ def run(job, data, base, classifier, evaluator, distillation):
     resume = distillation.resume_from_checkpoint
     require(resume in (None, "latest"), "resume_from_checkpoint", resume, "'latest' for this job of several parts")
     check_output_dir(distillation)
+    check_published(job, base, classifier, evaluator)
     images = load_image_data(**vars(data))
     teacher = None if job.teacher is None else RCFDPipeline.from_pretrained(job.teacher)
     guide = None if job.classifier is None else load_feature_classifier(job.classifier)
@@ -102,31 +110,37 @@ def run(job, data, base, classifier, evaluator, distillation):
     scheduler = RCFDScheduler() if teacher is None else teacher.scheduler
     rungs = distillation.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
     guided = [rung for rung in rungs if rung.objective != "pd"]
-    if teacher is not None:
-        check_images_fit(teacher, images)
+    unet = None if teacher is not None else new_unet(job, images, distillation.seed)
+    check_images_fit(teacher or RCFDPipeline(unet, scheduler), images)
     if guide is not None:
         check_classifier_fits(guide, images.image_shape[0], rungs, distillation)
     if images.num_classes is None and (judge is None or (guide is None and guided)):
         raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
 
-    def inside(config, folder, seed_offset=0):
-        return part_of(distillation, config, folder, seed_offset)
+    parts = parts_of(distillation, base, classifier, evaluator, "students")
+    repositories = open_repositories(parts, accelerator)
 
-    # 1. The base model, 2. the classifier whose features are distilled, and another that only measures.
-    if teacher is None:
-        teacher = train_base(job, images, inside(base, "base"))
-    if guide is None and guided:
-        guide = train_classifier(job, images, inside(classifier, "classifier", 1000), job.backbone)
+    # 1. The classifier that only measures, and the one whose features are distilled.
     if judge is None:
-        judge = train_classifier(job, images, inside(evaluator, "evaluator", 2000), job.evaluator_backbone)
+        judge = train_classifier(job, images, parts["evaluator"], job.evaluator_backbone)
+    if guide is None and guided:
+        guide = train_classifier(job, images, parts["classifier"], job.backbone)
+    measure = build_evaluator(job, data, images, judge, accelerator, distillation.seed)
+
+    # 2. The base model.
+    if teacher is None:
+        DiffusionTrainer(unet, scheduler, parts["base"], images, evaluator=measure).train()
+        teacher = RCFDPipeline.from_pretrained(output_dir / "base")
 
     # 3. The ladder, and by pd the rungs that the classifier guided.
-    ladder = replace(inside(distillation, "students"), hub_model_id=distillation.hub_model_id or output_dir.name)
-    CFDDistillationTrainer(teacher, guide, ladder, images).train()
+    trainer = CFDDistillationTrainer(teacher, guide, parts["students"], images, evaluator=measure)
+    trainer.teacher_name = repositories.get("base", trainer.teacher_name)
+    trainer.train()
     students = {rung: output_dir / "students" / rung.name for rung in rungs}
     if job.compare_with_pd and guided:
         by_pd = replace(
-            inside(distillation, "students-pd"),
+            parts["students"],
+            output_dir=str(output_dir / "students-pd"),
             push_to_hub=False,
             student_steps=[rung.student_steps for rung in guided],
             teacher_steps=[rung.teacher_steps for rung in guided],
@@ -138,7 +152,7 @@ def run(job, data, base, classifier, evaluator, distillation):
         )
         above = [rung for rung in rungs if rung.student_steps > guided[0].student_steps]
         pd_teacher = RCFDPipeline.from_pretrained(students[above[-1]]) if above else teacher
-        pd_trainer = CFDDistillationTrainer(pd_teacher, None, by_pd, images)
+        pd_trainer = CFDDistillationTrainer(pd_teacher, None, by_pd, images, evaluator=measure)
         pd_trainer.train()
         students |= {rung: output_dir / "students-pd" / rung.name for rung in pd_trainer.rungs}
 
@@ -150,35 +164,59 @@ def run(job, data, base, classifier, evaluator, distillation):
         if rung.student_steps <= 8:
             student = RCFDPipeline.from_pretrained(folder)
             contenders.append(Contender(rung.objective.upper(), rung.student_steps, student))
-    judge_contenders(job, data, distillation, contenders, judge, images, accelerator)
+    judge_contenders(job, distillation, contenders, measure)
     if accelerator.is_main_process:
         print(f"Everything is in {output_dir}: comparison.png, comparison.md, and pipelines for "
               f"RCFDPipeline.from_pretrained, such as {students[rungs[-1]]}")  # fmt: skip
     accelerator.end_training()
 
 
-def part_of(distillation, config, folder, seed_offset=0):
-    """A part's own options with what all parts of the job share, in a folder of its own."""
-    shared = {name: getattr(distillation, name) for name in SHARED}
-    folder, seed = str(Path(distillation.output_dir) / folder), distillation.seed + seed_offset
-    return replace(config, **shared | {"output_dir": folder, "seed": seed})
+def check_published(job, base, classifier, evaluator):
+    """Raise a `ValueError` where a part is to be published that is not trained here."""
+    for name, config in (("teacher", base), ("classifier", classifier), ("evaluator", evaluator)):
+        option, given = "base" if name == "teacher" else name, getattr(job, name)
+        allowed = f"unset with `{name}`={given!r}: only what is trained here is published"
+        require(given is None or not config.push_to_hub, f"{option}_push_to_hub", True, allowed)
 
 
-def train_base(job, images, config):
-    """The base model, trained as a part of a job."""
+def parts_of(distillation, base, classifier, evaluator, students):
+    """The options of each part by its folder, `students` that of the result: with those that all parts share."""
+    shared, output_dir = {name: getattr(distillation, name) for name in SHARED}, Path(distillation.output_dir)
+
+    def inside(config, folder, seed_offset=0):
+        """A part's own options with the shared ones, in a folder and a repository of its own."""
+        repository = output_dir.resolve().name + ("" if folder == students else f"-{folder}")
+        own = {"output_dir": str(output_dir / folder), "seed": shared["seed"] + seed_offset}
+        return replace(config, **shared | own, hub_model_id=config.hub_model_id or repository)
+
+    parts = {"base": inside(base, "base"), "classifier": inside(classifier, "classifier", 1000)}
+    return parts | {"evaluator": inside(evaluator, "evaluator", 2000), students: inside(distillation, students)}
+
+
+def open_repositories(parts, accelerator):
+    """The repositories of the parts to publish, by name; a wrong token is found now, not after days."""
+    from diffusers_rcfd.hub import open_repository
+
+    return {
+        name: open_repository(part.hub_model_id, part.hub_token, part.hub_private_repo or None)
+        for name, part in parts.items()
+        if part.push_to_hub and accelerator.is_main_process
+    }
+
+
+def new_unet(job, images, seed):
+    """The network of a base model that is trained here."""
     import torch
 
-    from diffusers_rcfd import DiffusionTrainer, RCFDPipeline, RCFDScheduler, build_unet
+    from diffusers_rcfd import build_unet
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     num_class_embeds = images.num_classes if job.class_conditional else None
-    unet = build_unet(job.unet_preset, dropout=job.dropout, num_class_embeds=num_class_embeds)
-    DiffusionTrainer(unet, RCFDScheduler(), config, images).train()
-    return RCFDPipeline.from_pretrained(config.output_dir)
+    return build_unet(job.unet_preset, dropout=job.dropout, num_class_embeds=num_class_embeds)
 
 
 def train_classifier(job, images, config, backbone):
-    """A classifier, trained as a part of a job."""
+    """A classifier that is trained here."""
     import torch
 
     from diffusers_rcfd import ClassifierTrainer, FeatureClassifier
@@ -190,23 +228,22 @@ def train_classifier(job, images, config, backbone):
     return ClassifierTrainer(network, config, images).train()
 
 
-def judge_contenders(job, data, distillation, contenders, judge, images, accelerator):
-    """Measure all on the same noise; the table is printed and saved with a picture."""
+def build_evaluator(job, data, images, judge, accelerator, seed):
+    """What measures while training and in the comparison: the features of `judge`."""
     from diffusers_rcfd import Evaluator
+
+    name = f"{judge.config.backbone}-{Path(data.dataset).name}"
+    return Evaluator(judge, images, name=name, accelerator=accelerator, batch_size=job.eval_batch_size, seed=seed)
+
+
+def judge_contenders(job, distillation, contenders, measure):
+    """Measure all on the same noise; the table is printed and saved with a picture."""
     from diffusers_rcfd.comparison import compare, markdown_table, save_comparison, save_comparison_grid
 
     for contender in contenders:
-        contender.pipeline.to(accelerator.device)
-    measure = Evaluator(
-        judge,
-        images,
-        name=f"{judge.config.backbone}-{Path(data.dataset).name}",
-        accelerator=accelerator,
-        batch_size=job.eval_batch_size,
-        seed=distillation.seed,
-    )
+        contender.pipeline.to(measure.accelerator.device)
     rows = compare(contenders, measure, job.num_eval_images, seed=distillation.seed)
-    if accelerator.is_main_process:
+    if measure.is_main_process:
         output_dir = Path(distillation.output_dir)
         save_comparison(rows, output_dir)
         save_comparison_grid(contenders, output_dir / "comparison.png", seed=distillation.seed)

@@ -8,10 +8,20 @@ runs the recipe `digits_sfd`; without these two they are trained first, by the r
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill_rcfd import SHARED, Job, judge_contenders, part_of, train_base, train_classifier
+from distill_rcfd import (
+    SHARED,
+    Job,
+    build_evaluator,
+    check_published,
+    judge_contenders,
+    new_unet,
+    open_repositories,
+    parts_of,
+    train_classifier,
+)
 
 from diffusers_rcfd.command_line import parse_options
 from diffusers_rcfd.configs import ClassifierConfig, DataConfig, DiffusionConfig, option, require
@@ -41,9 +51,14 @@ GROUPS = (
 )
 
 
-def main():
+def read_options(args: list[str] | None = None):
+    """The options of the job, from the command line and its recipe."""
     recipes = Path(__file__).parent / "configs" / "distill_sfd"
-    run(*parse_options(*GROUPS, description=__doc__, recipes=recipes, default_recipe="digits_sfd"))
+    return parse_options(*GROUPS, description=__doc__, recipes=recipes, default_recipe="digits_sfd", args=args)
+
+
+def main(args: list[str] | None = None):
+    run(*read_options(args))
 
 
 def run(job, data, base, classifier, evaluator, distillation):
@@ -52,7 +67,9 @@ def run(job, data, base, classifier, evaluator, distillation):
     from accelerate import Accelerator
 
     from diffusers_rcfd import (
+        DiffusionTrainer,
         RCFDPipeline,
+        RCFDScheduler,
         SFDDistillationTrainer,
         load_feature_classifier,
         load_image_data,
@@ -69,6 +86,7 @@ def run(job, data, base, classifier, evaluator, distillation):
     output_dir, resume = Path(distillation.output_dir), distillation.resume_from_checkpoint
     require(resume in (None, "latest"), "resume_from_checkpoint", resume, "'latest' for this job of several parts")
     check_output_dir(distillation)
+    check_published(job, base, classifier, evaluator)
     images = load_image_data(**vars(data))
     teacher = None if job.teacher is None else RCFDPipeline.from_pretrained(job.teacher)
     guide = None if job.classifier is None else load_feature_classifier(job.classifier)
@@ -78,21 +96,29 @@ def run(job, data, base, classifier, evaluator, distillation):
     guided = distillation.objective != "l1"
     if images.num_classes is None and (judge is None or (guide is None and guided)):
         raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
-    student_config = part_of(distillation, distillation, "student")
+    parts = parts_of(distillation, base, classifier, evaluator, "student")
     if teacher is not None and (guide is not None or not guided):
-        SFDDistillationTrainer(teacher, guide, student_config, lpips)
+        unmeasured = replace(parts["student"], eval_steps=0, load_best_model_at_end=False)
+        SFDDistillationTrainer(teacher, guide, unmeasured, lpips)
+    unet = None if teacher is not None else new_unet(job, images, distillation.seed)
+    repositories = open_repositories(parts, accelerator)
 
-    # 1. The base model, 2. the classifier whose features are distilled, and another that only measures.
-    if teacher is None:
-        teacher = train_base(job, images, part_of(distillation, base, "base"))
-    if guide is None and guided:
-        guide = train_classifier(job, images, part_of(distillation, classifier, "classifier", 1000), job.backbone)
+    # 1. The classifier that only measures, and the one whose features are distilled.
     if judge is None:
-        config = part_of(distillation, evaluator, "evaluator", 2000)
-        judge = train_classifier(job, images, config, job.evaluator_backbone)
+        judge = train_classifier(job, images, parts["evaluator"], job.evaluator_backbone)
+    if guide is None and guided:
+        guide = train_classifier(job, images, parts["classifier"], job.backbone)
+    measure = build_evaluator(job, data, images, judge, accelerator, distillation.seed)
+
+    # 2. The base model.
+    if teacher is None:
+        DiffusionTrainer(unet, RCFDScheduler(), parts["base"], images, evaluator=measure).train()
+        teacher = RCFDPipeline.from_pretrained(output_dir / "base")
 
     # 3. The student.
-    student = SFDDistillationTrainer(teacher, guide, student_config, lpips).train()
+    trainer = SFDDistillationTrainer(teacher, guide, parts["student"], lpips, evaluator=measure)
+    trainer.teacher_name = repositories.get("base", trainer.teacher_name)
+    student = trainer.train()
 
     # 4. The comparison.
     counts = sorted(distillation.student_steps, reverse=True)
@@ -104,7 +130,7 @@ def run(job, data, base, classifier, evaluator, distillation):
         contenders += [Contender(Path(name).parent.name, N, other) for N in counts if N == steps]
     method = ("SFD-v" if len(counts) > 1 else "SFD") + (f" {distillation.objective}" if guided else "")
     contenders += [Contender(method, N, student) for N in counts]
-    judge_contenders(job, data, distillation, contenders, judge, images, accelerator)
+    judge_contenders(job, distillation, contenders, measure)
     if accelerator.is_main_process:
         print(
             f"Everything is in {output_dir}: comparison.png, comparison.md, and the pipeline {output_dir / 'student'}"

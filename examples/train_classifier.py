@@ -19,9 +19,15 @@ class Network:
     small_stem: bool = option(True, "ResNet and DenseNet begin with a 3x3 convolution of stride 1, for small images.")
 
 
-def main():
+def read_options(args: list[str] | None = None):
+    """The network, the data and the training, from the command line and a recipe."""
     recipes = Path(__file__).parent / "configs/train_classifier"
-    network, data, config = parse_options(Network, DataConfig, ClassifierConfig, description=__doc__, recipes=recipes)
+    groups = (Network, DataConfig, ClassifierConfig)
+    return parse_options(*groups, description=__doc__, recipes=recipes, args=args)
+
+
+def main(args: list[str] | None = None):
+    network, data, config = read_options(args)
     import torch
 
     from diffusers_rcfd import ClassifierTrainer, FeatureClassifier, load_image_data

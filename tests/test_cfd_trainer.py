@@ -1,9 +1,21 @@
 import json
+import math
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, RCFDPipeline, load_image_data, losses
+from diffusers_rcfd.feature_classifier import FeatureClassifierOutput
+from diffusers_rcfd.feature_terms import spread
 from diffusers_rcfd.targets import ddim_target
 from tests.toys import golden, parameters, tiny_classifier, tiny_teacher, tiny_unet, toy_student, toy_teacher
 
@@ -230,6 +242,34 @@ def test_class_conditional_ladder(tmp_path, digits, classifier):
     assert one["loss"] != other["loss"]
 
 
+STOCK_SCHEDULERS = [
+    DDPMScheduler(),
+    DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    PNDMScheduler(trained_betas=[1e-4 + 3e-5 * i for i in range(1000)], prediction_type="epsilon"),
+    DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", thresholding=True),
+    DPMSolverSinglestepScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+    EulerDiscreteScheduler(prediction_type="epsilon", num_train_timesteps=500),
+]
+
+
+@pytest.mark.parametrize("stock", STOCK_SCHEDULERS, ids=lambda stock: type(stock).__name__)
+def test_any_stock_teacher(tmp_path, digits, classifier, stock):
+    """Every objective on a saved class-conditional stock pipeline; its student keeps schedule and parametrisation."""
+    torch.manual_seed(0)
+    DDPMPipeline(tiny_unet(num_class_embeds=10), stock).save_pretrained(tmp_path / "stock")
+    teacher = RCFDPipeline.from_pretrained(tmp_path / "stock")
+    run = trainer(tmp_path / "run", digits, teacher, classifier, student_steps=[4, 2, 1],
+                  objective=["pd", "cfd", "rcfd"], max_train_steps=[1])  # fmt: skip
+    run.train()
+    student = RCFDPipeline.from_pretrained(tmp_path / "run/1-step")
+    assert not torch.equal(parameters(student.unet), parameters(teacher.unet))
+    assert student.scheduler.config.prediction_type == stock.config.prediction_type
+    alphas_cumprod = student.scheduler.alphas_cumprod.float()
+    torch.testing.assert_close(alphas_cumprod, stock.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    student.set_progress_bar_config(disable=True)
+    assert student(4, class_labels=[1, 2, 3, 4], output_type="pt").images.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -268,3 +308,43 @@ def test_classifier_student_and_images_that_do_not_fit(tmp_path, digits):
         trainer(tmp_path, digits, student=tiny_unet(sample_size=16), objective=["pd"])
     with pytest.raises(ValueError, match="`cfd_weight` must be above 0"):
         trainer(tmp_path, digits, None, tiny_classifier(), cfd_weight=0.0, regularization_weight=[0.0])
+
+
+def test_collapsed_student_is_reported_once(tmp_path, digits, classifier):
+    student = tiny_unet()
+    torch.nn.init.zeros_(student.conv_out.weight)  # the same image from any noise
+    options = {"objective": ["cfd"], "learning_rate": 1e-12}
+    with pytest.warns(UserWarning, match="student of 2-step has collapsed by step 1: .* teacher's variety") as warned:
+        trainer(tmp_path / "bad", digits, None, classifier, student, **options).train()
+    assert len([warning for warning in warned if "collapsed" in str(warning.message)]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "bad/metrics.jsonl").read_text().splitlines()]
+    assert [line["collapsed"] for line in lines[:2]] == [1, 1] and lines[0]["feature_variance_ratio"] < 0.01
+    trainer(tmp_path / "good", digits, None, classifier, teacher_steps=[1], student_steps=[4], **options).train()
+    lines = [json.loads(line) for line in (tmp_path / "good/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["collapsed"] == 0
+        assert line["feature_variance_ratio"] == pytest.approx(1, abs=1e-3)
+        assert line["class_entropy_ratio"] == pytest.approx(1, abs=1e-3)
+
+
+def test_student_of_one_class_is_told_by_its_predictions_closed_form():
+    def output(logits):
+        return FeatureClassifierOutput(logits=logits, features=torch.eye(4))
+
+    certain = 50 * torch.nn.functional.one_hot(torch.arange(4), 4).float()
+    ratios = spread(output(certain[:1].expand(4, 4)), output(certain))
+    assert ratios["class_entropy_ratio"] == pytest.approx(1e-3 / (math.log(4) + 1e-3), rel=1e-4)
+    assert ratios["feature_variance_ratio"] == 1
+    halves = spread(output(certain[:2].repeat(2, 1)), output(certain))
+    assert halves["class_entropy_ratio"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_gradient_of_diversity_in_parts_is_that_of_the_whole_closed_form():
+    logits = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    whole = losses.diversity(logits)
+    (expected,) = torch.autograd.grad(whole, logits)
+    mean = losses.log_mean_prediction(logits.detach())
+    parts = [losses.diversity(part, mean) for part in logits.chunk(3)]
+    (gradient,) = torch.autograd.grad(sum(parts) / 3, logits)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+    assert all(part.item() == pytest.approx(whole.item(), rel=1e-12) for part in parts)

@@ -76,3 +76,22 @@ def test_data_without_fitting_labels(tmp_path):
         ClassifierTrainer(tiny_classifier(), config(tmp_path), load_image_data(label_column="", max_images=99))
     with pytest.raises(ValueError, match=r"class labels in 0\.\.4 for it, got 10 classes"):
         ClassifierTrainer(tiny_classifier(num_classes=5), config(tmp_path), load_image_data(max_images=99))
+
+
+def test_step_that_is_not_finite_leaves_the_running_statistics_alone(tmp_path):
+    """Batch norm sees an image that is infinite before anyone can tell."""
+    trainer = ClassifierTrainer(
+        tiny_classifier(), config(tmp_path, max_train_steps=2, logging_steps=2), load_image_data()
+    )
+    compute_loss, seen = trainer.compute_loss, []
+
+    def poison(batch):
+        seen.append([buffer.clone() for buffer in trainer.classifier.buffers() if buffer.is_floating_point()])
+        return compute_loss(batch | {"images": batch["images"] / 0 if trainer.state.step == 1 else batch["images"]})
+
+    trainer.compute_loss = poison
+    trainer.train()
+    after = [buffer for buffer in trainer.classifier.buffers() if buffer.is_floating_point()]
+    assert all(torch.equal(old, new) for old, new in zip(seen[1], after, strict=True))
+    assert not all(torch.equal(old, new) for old, new in zip(seen[0], after, strict=True))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["skipped_steps"] == 1

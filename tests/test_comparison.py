@@ -6,8 +6,15 @@ import torch
 from PIL import Image
 
 from diffusers_rcfd import Evaluator, load_image_data
-from diffusers_rcfd.comparison import Contender, compare, markdown_table, save_comparison, save_comparison_grid
-from tests.toys import tiny_classifier, tiny_teacher
+from diffusers_rcfd.comparison import (
+    Contender,
+    compare,
+    markdown_table,
+    save_comparison,
+    save_comparison_grid,
+    student_contender,
+)
+from tests.toys import tiny_classifier, tiny_sfd_student, tiny_teacher
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def test_table_and_files(rows, tmp_path):
     save_comparison(rows, tmp_path)
     lines = (tmp_path / "comparison.md").read_text().splitlines()
     assert lines == markdown_table(rows).splitlines() and len(lines) == 5
-    assert lines[0] == "| steps | method | FD(tiny) | IS(tiny) | images/s |"
+    assert lines[0] == "| evaluations | method | FD(tiny) | IS(tiny) | images/s |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 2", "| 1", "| 1"]
     assert "FID" not in "".join(lines)  # which is Inception's alone
     assert json.loads((tmp_path / "comparison.json").read_text()) == rows
@@ -47,3 +54,30 @@ def test_grid_has_a_column_for_each_contender(contenders, tmp_path):
     save_comparison_grid(contenders[:1], tmp_path / "one.png", num_noises=4)
     one = np.asarray(Image.open(tmp_path / "one.png"))
     assert three.shape[1] > 2 * one.shape[1] and three[..., :3].std() > 10
+
+
+def test_a_student_of_several_step_counts_is_chosen_by_number(tmp_path):
+    tiny_sfd_student().save_pretrained(tmp_path / "student")
+    tiny_teacher(4).save_pretrained(tmp_path / "ladder")
+    tiny_teacher().save_pretrained(tmp_path / "base")
+
+    def chosen(place):
+        contender = student_contender(place)
+        calls = []
+        contender.pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append(int(args[1])))
+        contender.pipeline.set_progress_bar_config(disable=True)
+        contender.pipeline(1, contender.num_inference_steps)
+        return contender.method, contender.num_inference_steps, len(calls)
+
+    assert chosen(f"SFD-v={tmp_path / 'student'}") == ("SFD-v", 3, 3)
+    assert chosen(f"SFD-v={tmp_path / 'student'}@2") == ("SFD-v", 2, 2)
+    assert chosen(f"{tmp_path / 'student'}@3")[:2] == (f"{tmp_path.name}/student", 3)
+    assert chosen(f"PD={tmp_path / 'ladder'}@2") == ("PD", 2, 2)
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be one of \[2, 3\].* got 4"):
+        student_contender(f"{tmp_path / 'student'}@4")
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be .* got 0"):
+        student_contender(f"{tmp_path / 'student'}@0")
+    with pytest.raises(ValueError, match="`students` must have been distilled for a number of steps"):
+        student_contender(f"{tmp_path / 'base'}@4")
+    tiny_sfd_student().save_pretrained(tmp_path / "student@2")
+    assert chosen(f"{tmp_path / 'student'}@2")[:2] == (f"{tmp_path.name}/student@2", 3)  # a folder of that name

@@ -27,8 +27,8 @@ from diffusers_rcfd.distribution_metrics import (
     inception_score_with_influence,
     kid_with_blocks,
 )
-from diffusers_rcfd.evaluation import INCEPTION_FILE, InceptionExtractor
 from diffusers_rcfd.image_sampling import generate_images, image_generator, initial_noise
+from diffusers_rcfd.inception import INCEPTION_FILE, InceptionExtractor
 from tests.toys import tiny_unet
 
 SHAPE = (1, 8, 8)
@@ -573,7 +573,7 @@ def evaluate_in_processes(folder, accelerator):
         cache_dir=Path(folder) / "cache",
     )
     result = measure.evaluate_pipeline(tiny_pipeline(), 23, progress=False)
-    given = measure.evaluate(random_images(12)[: 12 if measure._is_main else 0])
+    given = measure.evaluate(random_images(12)[: 12 if measure.is_main_process else 0])
     return {"result": result.to_dict(), "given": given.to_dict(), "reads": measure.reference.reads}
 
 

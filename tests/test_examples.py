@@ -14,8 +14,9 @@ import yaml
 from PIL import Image
 
 from diffusers_rcfd import FeatureClassifier, RCFDPipeline
+from diffusers_rcfd.checkpoints import find_checkpoints
 from diffusers_rcfd.command_line import parse_options
-from tests.toys import tiny_classifier, tiny_teacher
+from tests.toys import tiny_classifier, tiny_sfd_student, tiny_teacher
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -104,6 +105,10 @@ def test_main_job_with_a_teacher_classifier_and_data_of_ones_own(tmp_path):
         (["--temperature", "1.5"], "`temperature` must be in (0, 1], got 1.5"),
         (["--student_steps", "2", "4"], "`student_steps` must be in falling order"),
         (["--teacher_steps", "2", "4", "2", "2", "2"], "`teacher_steps` must be 2, for 16 steps to become 8"),
+        (
+            ["--teacher", "me/ddpm", "--base_push_to_hub"],
+            "`base_push_to_hub` must be unset with `teacher`='me/ddpm': only what is trained here is published",
+        ),
         (["--classifier", "no/such/classifier"], "Unknown classifier 'no/such/classifier'"),
         (["--unet_preset", "cifar10"], "`train_dataset` must hold images of shape"),
         (["--label_column", ""], "must have class labels"),
@@ -124,19 +129,26 @@ def test_mistakes_are_found_before_any_training(tmp_path, args, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_killed_in_the_middle_of_a_rung_goes_on_in_it(tmp_path):
-    """SIGKILL during the main job; `--resume_from_checkpoint latest` continues the same rung, not an earlier one."""
+def test_stopped_in_the_middle_of_rungs_goes_on_in_them(tmp_path):
+    """SIGTERM, then SIGKILL during the main job; `--resume_from_checkpoint latest` continues the same rung."""
     folder = tmp_path / "run"
     args = [*SMALL, "--max_train_steps", "12", "--checkpointing_steps", "3", "--logging_steps", "1",
-            "--student_steps", "2", "1", "--teacher_steps", "4", "2", "--objective", "pd"]  # fmt: skip
-    process = subprocess.Popen(command("distill_rcfd.py", *args, "--output_dir", folder), cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    while process.poll() is None and not (folder / "students/checkpoint-18/trainer_state.json").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+            "--student_steps", "2", "1", "--teacher_steps", "4", "2", "--objective", "pd",
+            "--output_dir", folder, "--resume_from_checkpoint", "latest"]  # fmt: skip
+
+    def reached():
+        found = find_checkpoints(folder / "students")
+        return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+
+    for number, at, code in ((signal.SIGTERM, 3, 143), (signal.SIGKILL, 18, -signal.SIGKILL)):
+        process = subprocess.Popen(command("distill_rcfd.py", *args), cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        while process.poll() is None and reached() < at:
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait() == code
     first = (folder / "students/2-step/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    run("distill_rcfd.py", *args, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    run("distill_rcfd.py", *args)
     assert (folder / "students/2-step/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == first
     lines = [json.loads(line) for line in (folder / "students/metrics.jsonl").read_text().splitlines()]
     assert [line["global_step"] for line in lines] == list(range(1, 25))
@@ -210,3 +222,52 @@ def test_sfd_job_with_a_comparison(tmp_path):
     assert RCFDPipeline.from_pretrained(tmp_path / "run/student").scheduler.trained_steps == [1, 2]
     refused = run("distill_sfd.py", *small, expect=1)
     assert "`output_dir` must be an empty folder" in refused.stderr
+
+
+def test_evaluate_and_compare(tmp_path):
+    """One pipeline alone and beside others, with the same judge: the same number."""
+    base, student = tiny_teacher(), tiny_teacher(2, seed=1)
+    for name, pipeline in (("base", base), ("student", student), ("sfd", tiny_sfd_student())):
+        pipeline.save_pretrained(tmp_path / name)
+    tiny_classifier().save_pretrained(tmp_path / "judge")
+    options = ["--feature_extractor", tmp_path / "judge", "--extractor_name", "tiny", "--num_images", 40]
+    options += ["--statistics_dir", tmp_path / "statistics"]
+    done = run(
+        "evaluate.py", "--model", tmp_path / "student", *options, "--output", tmp_path / "one.json", launch=True
+    )
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert one["num_inference_steps"] == 2 and one["extractor"] == "tiny" and one["num_images"] == 40
+    assert f"2 network evaluations: FD(tiny) {one['metrics']['fd']['value']:.4g}" in done.stdout
+
+    done = run("compare.py", "--base", tmp_path / "base", "--students", f"PD={tmp_path / 'student'}",
+               f"SFD-v={tmp_path / 'sfd'}@2", f"SFD-v={tmp_path / 'sfd'}", *options,
+               "--samplers", "dpm++2m", "heun", "--evaluations", 3, 2, "--output_dir", tmp_path / "all")  # fmt: skip
+    rows = json.loads((tmp_path / "all/comparison.json").read_text())
+    lines = [(row["method"], row["num_inference_steps"]) for row in rows]
+    assert lines == [
+        ("DPM-Solver++(2M)", 3),
+        ("DPM-Solver++(2M)", 2),
+        ("Heun", 3),
+        ("PD", 2),
+        ("SFD-v", 2),
+        ("SFD-v", 3),
+    ]
+    assert "`num_inference_steps`=2 is not possible with Heun" in done.stderr
+    assert rows[3]["evaluation"]["metrics"] == one["metrics"]
+    assert (tmp_path / "all/comparison.md").read_text() in done.stdout
+    assert Image.open(tmp_path / "all/comparison_curve.png").width > 400
+
+
+@pytest.mark.parametrize(
+    "script, args, message",
+    [
+        ("evaluate.py", ["--metrics", "fid"], "`metrics` must be of ('fd', 'is', 'kid', 'precision', 'recall')"),
+        ("evaluate.py", ["--num_images", "0"], "`num_images` must be an integer of at least 2, got 0"),
+        ("evaluate.py", ["--inception_weights", "x", "--feature_extractor", "y"], "`inception_weights` must be unset"),
+        ("compare.py", [], "`base` must be given where there are no `students`"),
+        ("compare.py", ["--base", "x", "--samplers", "ddpm"], "`samplers` must be of ('ddim',"),
+        ("compare.py", ["--base", "x", "--evaluations", "0"], "`evaluations` must be an integer of at least 1, got 0"),
+    ],
+)
+def test_mistakes_in_an_evaluation_are_named(script, args, message):
+    assert message in run(script, *args, expect=2).stderr

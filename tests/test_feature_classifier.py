@@ -1,11 +1,13 @@
 import json
 import os
+import shutil
 import socket
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 from torchvision.transforms import Normalize
@@ -466,7 +468,7 @@ def test_hub_repository_is_told_by_its_config(tmp_path, checkpoints, monkeypatch
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     folders = {"me/ours": tmp_path / "ours", "me/timm": tmp_path / "timm", "me/vit": checkpoints["vit"]}
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: os.path.join(folders[repo], file))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, **hub: os.path.join(folders[repo], file))
     assert find_source("me/ours") == ("saved", "me/ours")
     assert find_source("me/timm") == ("timm", "hf-hub:me/timm")
     assert find_source("me/vit") == ("transformers", "me/vit")
@@ -474,6 +476,23 @@ def test_hub_repository_is_told_by_its_config(tmp_path, checkpoints, monkeypatch
 
 
 # Refusals
+
+
+def test_pickled_backbones_are_refused(tmp_path, timm_folder, checkpoints):
+    """With the weights as a pickle beside the config, in place of safetensors."""
+    for folder in (timm_folder, checkpoints["vit"]):
+        copy = tmp_path / os.path.basename(folder)
+        shutil.copytree(folder, copy)
+        torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+        (copy / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match=f"{copy.name}.*model.safetensors"):
+            load_feature_classifier(str(copy))
+
+
+def test_only_safetensors_are_written(tmp_path):
+    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+        small_resnet().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert not (tmp_path / "pickled").exists()
 
 
 @pytest.mark.parametrize("name", ["resnet81", "./resnet18", "a/b/resnet18", "nobody-here/resnet18"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -11,19 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import HfApi
+from diffusers import DiffusionPipeline, EDMEulerScheduler, UNet2DConditionModel
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from diffusers_rcfd import FeatureClassifier, RCFDPipeline, RCFDScheduler
 from diffusers_rcfd.feature_classifier import load_feature_classifier
 from diffusers_rcfd.image_data import DIGITS_PATH, load_image_data
+from diffusers_rcfd.model_card import BEGIN
 from tests.fake_hub import ClientError, ClientProcess, FakeHub
 from tests.toys import tiny_classifier, tiny_teacher
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PIPELINE_FILES = {"model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS}
+RGB = (2 * 3 * 32 * 32, (2, 3, 32, 32))  # how many pixels, of which shape
 STOCK_CALL = {"num_inference_steps": 4, "use_clipped_model_output": True}
 
 
@@ -78,15 +82,29 @@ def load_stock(repo_id, call, **options):
     return images(pipeline, **call), type(pipeline).__module__ + "." + type(pipeline).__name__
 
 
+def on_a_full_disk(function, *args, room, **options):
+    """Call a function while no file can grow beyond `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        return function(*args, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_classifier(folder, **options):
+    tiny_classifier().save_pretrained(folder, **options)
+
+
 def push_classifier(repo_id, **options):
     torch.manual_seed(0)
     tiny_classifier().push_to_hub(repo_id, **options)
 
 
-def classify(repo_id, load=load_feature_classifier, **options):
+def classify(repo_id, load=load_feature_classifier, images=(128, (2, 1, 8, 8)), **options):
     classifier = load(repo_id, **options)
     assert not classifier.training
-    return classifier(torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)).logits.detach().numpy()
+    return classifier(torch.linspace(-1, 1, images[0]).reshape(images[1])).logits.detach().numpy()
 
 
 def load_classifier(repo_id, **options):
@@ -139,12 +157,50 @@ def test_push_to_hub_publishes_what_is_saved(hub, client, files):
     client(push, "pushed", commit_message="Four steps")  # among the repositories of the token's owner
     published = hub.files("anna/pushed")
     assert {path: published[path] for path in files} == files and files.keys() == PIPELINE_FILES
-    assert published.keys() - files.keys() == {"README.md"}
+    assert published.keys() - files.keys() == {"README.md", "samples.png"}
     repo = hub.repos["model", "anna/pushed"]
     assert [title for _, title in repo.history] == ["initial commit", "Four steps"] and not repo.private
-    assert sum(method == "PUT" for method, _, _ in hub.requests) == 1  # the weights, and they alone, went into LFS
+    assert sum(method == "PUT" for method, _, _ in hub.requests) == 2  # weights and picture, alone, went into LFS
     client(push, "anna/pushed")
     assert len(repo.history) == 2, "what has not changed was committed again"
+
+
+def test_card_is_ours_and_keeps_what_a_person_wrote(hub, client):
+    client(push, "anna/carded")
+    card = ModelCard(hub.files("anna/carded")["README.md"].decode())
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "unconditional-image-generation"
+    assert "distilled to **4 steps**" in card.text and 'from_pretrained("anna/carded")' in card.text
+    assert card.data.get("license") is None and "## Training" not in card.text and card.text.count(BEGIN) == 1
+    client(call_api, "upload_file", path_or_fileobj=card.content.replace("# carded", "# My digits").encode(),
+           path_in_repo="README.md", repo_id="anna/carded")  # fmt: skip
+    client(push, "anna/carded", steps=2)
+    text = hub.files("anna/carded")["README.md"].decode()
+    assert "# My digits" in text and "distilled to **2 steps**" in text and text.count(BEGIN) == 1
+
+
+@pytest.mark.parametrize("publish", [push, push_classifier])
+def test_pickled_weights_are_not_published(hub, client, publish):
+    with pytest.raises(ClientError, match="ValueError: `safe_serialization` must be True"):
+        client(publish, "anna/unsafe", safe_serialization=False)
+    assert ("model", "anna/unsafe") not in hub.repos
+
+
+@pytest.mark.parametrize("room", [1000, 50_000])
+@pytest.mark.parametrize("write", [save, save_classifier])
+def test_full_disk_leaves_nothing_half_written_and_publishes_nothing(hub, client, tmp_path, write, room):
+    """Already the first file does not fit, or the weights do not."""
+    with pytest.raises(ClientError, match=f"OSError: Saving in .*{tmp_path.name}/new.* failed.*File too large"):
+        client(on_a_full_disk, write, tmp_path / "new/student", room=room, push_to_hub=True, repo_id="anna/full")
+    assert not (tmp_path / "new").exists() and ("model", "anna/full") not in hub.repos
+    client(write, tmp_path / "old")
+    before = contents(tmp_path / "old")
+    with pytest.raises(ClientError, match="OSError: Saving in"):
+        client(on_a_full_disk, write, tmp_path / "old", room=room)
+    assert contents(tmp_path / "old") == before
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def test_save_pretrained_publishes_and_keeps_the_folder(hub, client, files, tmp_path):
@@ -173,6 +229,45 @@ def test_classifier_is_published_and_loaded_by_both_loaders(hub, client):
     logits = tiny_classifier().eval()(torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)).logits.detach().numpy()
     for function in (classify, load_classifier):
         np.testing.assert_allclose(client(function, "anna/classifier"), logits, atol=1e-5)
+
+
+def test_classifier_by_revision_and_token(hub, client, tmp_path):
+    token = "hf_anna_may_write"
+    client(push_classifier, "anna/graded", private=True)
+    client(call_api, "create_branch", "anna/graded", branch="better")
+    client(save_classifier, tmp_path)
+    client(call_api, "upload_folder", repo_id="anna/graded", folder_path=tmp_path, revision="better")
+    for function in (classify, load_classifier):
+        main, better = (client(function, "anna/graded", revision=revision) for revision in ("main", "better"))
+        assert np.abs(main - better).max() > 1e-3
+        given = client(tokenless, function, "anna/graded", revision="better", token=token)
+        np.testing.assert_allclose(given, better, atol=1e-6)
+    with pytest.raises(ClientError, match="ValueError: `revision` 'worse' of 'anna/graded' is not on the Hub"):
+        client(classify, "anna/graded", revision="worse")
+    hub.add_repo("anna/ungraded", hub.files("anna/graded"), private=True)
+    with pytest.raises(ClientError, match="ValueError: No classifier 'anna/ungraded'"):
+        client(classify, "anna/ungraded", token="hf_bob_may_write")
+
+
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+def test_timm_repository_by_revision_and_token(hub, client, tmp_path, prefix):
+    """timm itself takes no token; and of a repository without safetensors nothing is read."""
+    client(save_timm, tmp_path / "safe", safe_serialization=True)
+    name = f"anna/timm{len(prefix)}"
+    hub.add_repo(name, {path.name: path.read_bytes() for path in (tmp_path / "safe").iterdir()}, private=True)
+    logits = client(tokenless, classify, prefix + name, token="hf_anna_may_write", revision="main", images=RGB)
+    np.testing.assert_allclose(logits, client(classify, str(tmp_path / "safe"), images=RGB), atol=1e-6)
+    client(save_timm, tmp_path / "pickled", safe_serialization=False)
+    pickled = {path.name: path.read_bytes() for path in (tmp_path / "pickled").iterdir()}
+    assert "pytorch_model.bin" in pickled
+    hub.add_repo(f"{name}-pickled", pickled)
+    with pytest.raises(ClientError, match=f"ValueError: '.*{name}-pickled' must hold model.safetensors"):
+        client(classify, f"{prefix}{name}-pickled", images=RGB)
+
+
+def save_timm(folder, **options):
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=5), str(folder), **options)
 
 
 def test_token_reaches_no_file_and_no_log(hub, tmp_path):
@@ -399,6 +494,18 @@ def without_unet(files):
     return {**moved, "model_index.json": json.dumps(index).encode()}
 
 
+def latent(files):
+    index = json.loads(files["model_index.json"]) | {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}
+    return {**files, "model_index.json": json.dumps(index).encode()}
+
+
+def edm(files):
+    index = json.loads(files["model_index.json"]) | {"scheduler": ["diffusers", "EDMEulerScheduler"]}
+    config = EDMEulerScheduler().to_json_string()
+    changed = {"model_index.json": json.dumps(index).encode(), "scheduler/scheduler_config.json": config.encode()}
+    return {**files, **changed}
+
+
 def pickled(files):
     buffer = BytesIO()
     torch.save(tiny_teacher(4).unet.state_dict(), buffer)
@@ -418,6 +525,8 @@ BAD_MODELS = {
     "pickled": (pickled, NO_WEIGHTS),
     "text-to-image": (text_to_image, "TypeError: `unet` must be a UNet2DModel, got UNet2DConditionModel"),
     "transformer": (without_unet, "ValueError: .*RCFDPipeline.*expected .*unet.* but only"),
+    "latent": (latent, "ValueError: .*must be a pipeline of a unet and a scheduler.*LDMPipeline and has also: vqvae"),
+    "edm": (edm, "ValueError: `scheduler` must have betas.*EDMEulerScheduler cannot be converted.*sigma_data"),
     "no-index": (without("model_index.json"), "model_index.json"),
 }
 
@@ -434,6 +543,16 @@ def test_bad_model_is_refused_from_folder_and_hub(hub, client, files, name, tmp_
         with pytest.raises(ClientError, match=message):
             client(load, place)
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == spoilt.keys()
+
+
+def test_truncated_classifier_is_refused(hub, client, tmp_path):
+    client(save_classifier, tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    hub.add_repo("anna/short", {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    for place in ("anna/short", str(tmp_path)):
+        with pytest.raises(ClientError, match="Unable to load weights.*diffusion_pytorch_model.safetensors"):
+            client(classify, place)
 
 
 def test_pickled_classifier_is_refused(hub, client):

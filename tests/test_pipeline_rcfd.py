@@ -11,11 +11,10 @@ from diffusers import (
     DDIMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
 )
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
-from tests.toys import tiny_unet
+from tests.toys import largest_file, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +200,36 @@ def test_plain_diffusers_process_without_this_package(pipe, tmp_path):
     assert "not expected" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    "network, message",
+    [
+        ({"out_channels": 2}, "`unet` must have as many `out_channels` as `in_channels`=1, got 2.*learned_range"),
+        ({"class_embed_type": "timestep"}, "`unet` must take class labels by `num_class_embeds`, got.*'timestep'"),
+        ({"sample_size": None}, "`unet` must have a `sample_size`"),
+    ],
+)
+def test_networks_that_cannot_be_sampled_are_refused(network, message):
+    with pytest.raises(ValueError, match=message):
+        RCFDPipeline(tiny_unet(**network), RCFDScheduler())
+
+
+def test_only_safetensors_are_written(pipe, tmp_path):
+    for function, target in ((pipe.save_pretrained, tmp_path / "pickled"), (pipe.push_to_hub, "anna/pickled")):
+        with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+            function(target, safe_serialization=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_saving_again_replaces_what_was_there_and_keeps_the_rest(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    other = RCFDPipeline(pipe.unet, RCFDScheduler(num_inference_steps=2))
+    other.save_pretrained(tmp_path, variant="second")
+    assert RCFDPipeline.from_pretrained(tmp_path).scheduler.config.num_inference_steps == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("partial-*"))
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) == 2
+
+
 def test_any_ddim_like_scheduler_becomes_ours():
     pipe = quiet(RCFDPipeline(tiny_unet(), DDPMScheduler(beta_schedule="scaled_linear")))
     assert isinstance(pipe.scheduler, RCFDScheduler)
@@ -250,6 +279,9 @@ def test_network_calls_with_an_analytical_first_step():
         pipe(num_inference_steps=3)
 
 
-def test_scheduler_of_another_process_is_refused():
-    with pytest.raises(ValueError, match="`scheduler` must have a schedule .* got FlowMatchEulerDiscreteScheduler"):
-        RCFDPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler())
+def test_full_disk_leaves_the_pipeline_that_was_there(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with largest_file(20_000), pytest.raises(Exception, match="(?i)file too large"):
+        RCFDPipeline(tiny_unet(), RCFDScheduler()).save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

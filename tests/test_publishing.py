@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import pytest
 import torch
@@ -124,6 +125,26 @@ def test_base_model_and_classifier(hub, client, tmp_path):
     assert "Accuracy on held-out images" in files["README.md"].decode()
 
 
+def test_main_job_publishes_base_model_classifier_and_students(hub, tmp_path):
+    """Each in a repository of its own, linked by the students' card; a wrong name is found before any training."""
+    from tests.test_examples import SMALL, command
+
+    line = command("distill_rcfd.py", *SMALL, "--output_dir", tmp_path / "job", "--student_steps", 2, 1,
+                   "--teacher_steps", 2, 2, "--objective", "pd", "cfd", "--compare_with_pd", "False",
+                   "--base_push_to_hub", "--classifier_push_to_hub", "--push_to_hub")  # fmt: skip
+    environment = hub.environment(tmp_path / "home")
+    wrong = [*line, "--classifier_hub_model_id", "anna/not allowed"]
+    failed = subprocess.run(wrong, env=environment, capture_output=True, text=True)
+    assert "`hub_model_id` must be a name the Hub allows, got 'anna/not allowed'" in failed.stderr
+    assert not (tmp_path / "job").exists()
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "model_index.json" in hub.files("anna/job-base") and "config.json" in hub.files("anna/job-classifier")
+    assert hub.files("anna/job").keys() == hub.files("anna/job", "1-step").keys()
+    assert ModelCard(hub.files("anna/job")["README.md"].decode()).data.base_model == "anna/job-base"
+    assert ("model", "anna/job-evaluator") not in hub.repos
+
+
 def test_second_push_keeps_what_a_person_wrote(hub, client, tmp_path):
     client(distil, tmp_path / "one", hub_model_id="anna/edited")
     repo_card = hub.files("anna/edited")["README.md"].decode()
@@ -145,6 +166,7 @@ def upload_card(repo_id, text):
     "options, message",
     [
         ({"hub_token": "hf_wrong"}, "ValueError: `hub_token` must be a valid token with write access"),
+        ({"hub_token": "hf_anna_too_late"}, "ValueError: `hub_token` must be a valid token with write access"),
         ({"hub_model_id": "anna/not allowed"}, "ValueError: `hub_model_id` must be a name the Hub allows"),
         (
             {"hub_model_id": "anna/text-model"},

@@ -1,7 +1,19 @@
+import json
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    ScoreSdeVeScheduler,
+)
 
 from diffusers_rcfd import RCFDScheduler
 from diffusers_rcfd.scheduling_rcfd import eps_from_x0, v_from_x0, x0_from_eps, x0_from_v
@@ -98,6 +110,54 @@ def test_from_config_of_a_plain_stock_default_is_linear_epsilon():
         assert (config.beta_schedule, config.prediction_type) == ("linear", "epsilon")
 
 
+def test_what_an_old_config_leaves_out_is_its_class_default():
+    """The file that google/ddpm-cifar10-32 has says nothing of its prediction, which is epsilon."""
+    old = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_start": 0.0001, "beta_end": 0.02,
+           "beta_schedule": "linear", "num_train_timesteps": 1000, "trained_betas": None, "clip_sample": True,
+           "variance_type": "fixed_large"}  # fmt: skip
+    assert RCFDScheduler.from_config(old).config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize(
+    "stock, message",
+    [
+        (EDMEulerScheduler(), "EDMEulerScheduler cannot be converted.*`sigma_data`=0.5.*not z_t and its index"),
+        (CMStochasticIterativeScheduler(), "`sigma_data`=0.5"),
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler cannot be converted, it has no betas"),
+        (ScoreSdeVeScheduler(), "ScoreSdeVeScheduler cannot be converted, it has no betas"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), "`use_flow_sigmas=True` is flow matching"),
+        (
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            "`timestep_type='continuous'`",
+        ),
+        (EulerDiscreteScheduler(prediction_type="sample", beta_schedule="linear"), None),
+    ],
+)
+def test_schedulers_of_another_process_are_refused_and_say_why(stock, message, tmp_path):
+    stock.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    if message is None:
+        assert RCFDScheduler.from_config(config).config.prediction_type == "sample"
+        return
+    for source in (config, {"_class_name": type(stock).__name__, **stock.config}):
+        with pytest.raises(ValueError, match=f"`scheduler` must have betas.*{message}"):
+            RCFDScheduler.from_config(source)
+
+
+def test_thresholding_is_the_stock_schedulers():
+    options = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0}
+    ours, plain = RCFDScheduler(num_inference_steps=4, **options), RCFDScheduler(num_inference_steps=4)
+    stock = ours.to_ddim()
+    stock.set_timesteps(4)
+    z, output = 2 * torch.randn((2, 3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    for t in ours.timesteps:
+        expected = stock.step(output, t, z, use_clipped_model_output=True).prev_sample
+        torch.testing.assert_close(ours.step(output, t, z).prev_sample, expected, rtol=0, atol=1e-4)
+        assert not torch.allclose(plain.step(output, t, z).prev_sample, expected, atol=1e-2)
+    again = RCFDScheduler.from_config(stock.config).config
+    assert {name: again[name] for name in options} == options
+
+
 def test_stock_from_our_config_keeps_the_schedule():
     ours = RCFDScheduler()
     stock = DDIMScheduler.from_config(ours.config)
@@ -110,6 +170,10 @@ def test_sigmoid_schedule_survives_the_stock_form():
     ours = RCFDScheduler.from_config(stock.config)
     torch.testing.assert_close(ours.alphas_cumprod.float(), stock.alphas_cumprod, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ours.to_ddim().alphas_cumprod, stock.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    ours = RCFDScheduler(beta_schedule="sigmoid", rescale_betas_zero_snr=True)
+    again = RCFDScheduler.from_config(ours.to_ddim().config)
+    torch.testing.assert_close(again.alphas_cumprod, ours.alphas_cumprod)
+    assert again.alpha[-1] == 0
 
 
 def test_save_and_load(tmp_path):
@@ -191,6 +255,8 @@ def test_step_on_an_accelerator_reads_nothing_back():
         ({"trained_betas": [0.1, 0.2]}, r"`trained_betas` must hold `num_train_timesteps`=1025 values"),
         ({"beta_schedule": "linear", "beta_start": 0.5, "beta_end": 0.1}, "0 < beta_start <= beta_end < 1"),
         ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "`rescale_betas_zero_snr=True`"),
+        ({"dynamic_thresholding_ratio": 0}, r"`dynamic_thresholding_ratio` must be in \(0, 1\], got 0"),
+        ({"thresholding": True, "sample_max_value": 0.5}, "`sample_max_value` must be at least 1, got 0.5"),
         ({"num_inference_steps": 1025}, r"`num_inference_steps` must be an integer in 1\.\.1024, got 1025"),
         ({"num_inference_steps": 0}, r"`num_inference_steps` must be an integer in 1\.\.1024, got 0"),
         ({"num_inference_steps": -1}, r"`num_inference_steps` must be an integer in 1\.\.1024, got -1"),

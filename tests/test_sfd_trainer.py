@@ -1,4 +1,5 @@
 import json
+import signal
 from itertools import pairwise
 
 import pytest
@@ -37,6 +38,13 @@ def begin(run):
 
 def batch_of(run, size=4, seed=0, **extra):
     return run.draw(size, torch.Generator().manual_seed(seed)) | extra
+
+
+def losses(run, batch):
+    """The terms at each node, as the loop asks for them, of a student that stays as it is."""
+    for _ in range(run.num_optimizer_steps(batch)):
+        run.prepare_step([batch])
+        yield run.compute_loss(batch)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,7 @@ def test_student_of_one_teacher_step_starts_without_loss(tmp_path, classifier):
     for objective in ("l1", "cfd"):
         run = begin(trainer(tmp_path, None, classifier, student_steps=[3], teacher_steps=1, teacher_solver="euler",
                             analytical_first_step=False, objective=objective))  # fmt: skip
-        for terms in run.losses(batch_of(run)):
+        for terms in losses(run, batch_of(run)):
             assert abs(terms["loss"].item()) < 1e-3 * 64
 
 
@@ -105,7 +113,7 @@ def test_targets_are_every_kth_state_of_the_solver(tmp_path):
 def test_loss_terms_of_the_objectives(tmp_path, classifier):
     def first_terms(**options):
         run = begin(trainer(tmp_path, classifier=classifier, **options))
-        return next(run.losses(batch_of(run)))
+        return next(losses(run, batch_of(run)))
 
     alone = first_terms()
     assert alone["loss"] == alone["l1"] and "cfd" not in alone
@@ -126,7 +134,7 @@ def test_closed_form_of_the_pair(tmp_path):
     run._terms_at_node = lambda x0, x0_target, x_next, target, last: (
         pairs.append((x0, x0_target, x_next, target)) or {}
     )
-    list(run.losses(batch_of(run)))
+    list(losses(run, batch_of(run)))
     nodes = run.nu[run.routes[0].student[1:]].tolist()
     for (x0, x0_target, x_next, target), (s, s_next) in zip(pairs, pairwise(nodes), strict=True):
         distance = (1 - s_next / s) * (x0 - x0_target)
@@ -140,15 +148,14 @@ def test_closed_form_of_the_pair(tmp_path):
 def test_resume_between_trajectories_is_bit_identical(tmp_path, options):
     trainer(tmp_path / "whole", **options).train()
     run = trainer(tmp_path / "resumed", **options)
-    losses = run.losses
+    compute_loss = run.compute_loss
 
     def interrupt(batch):
-        for i, terms in enumerate(losses(batch)):
-            if run.state.step == 2 and i == run.num_losses(batch) - 1:
-                raise KeyboardInterrupt
-            yield terms
+        if run.state.step == 2 and len(batch["walk"].steps) == 1:
+            raise KeyboardInterrupt
+        return compute_loss(batch)
 
-    run.losses = interrupt
+    run.compute_loss = interrupt
     with pytest.raises(KeyboardInterrupt):
         run.train()
     trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options).train()
@@ -195,7 +202,7 @@ def test_sampling_follows_the_trajectory_of_training(tmp_path):
     run = begin(trainer(tmp_path, analytical_first_step=True))
     batch, states = batch_of(run), []
     run._terms_at_node = lambda x0, x0_target, x_next, target, last: states.append(x_next.detach()) or {}
-    list(run.losses(batch))
+    list(losses(run, batch))
     pipe = RCFDPipeline(run.model, run.scheduler)
     pipe.set_progress_bar_config(disable=True)
     expected = (run.scheduler.alpha[0].item() * states[-1] / 2 + 0.5).clamp(0, 1)
@@ -228,7 +235,7 @@ def test_second_stage(tmp_path, classifier):
         images = teacher(4, 5, latents=batch_of(run)["noise"], output_type="pt").images
         torch.testing.assert_close((run.scheduler.alpha[0].item() * last / 2 + 0.5).clamp(0, 1), images,
                                    rtol=0, atol=1e-4)  # fmt: skip
-        (terms,) = run.losses(batch_of(run))
+        (terms,) = losses(run, batch_of(run))
         torch.testing.assert_close(terms["loss"], terms["l1"] + 64 * terms["perceptual"])
 
     seen = []
@@ -238,7 +245,7 @@ def test_second_stage(tmp_path, classifier):
         return (a - b).square().mean((1, 2, 3), keepdim=True)
 
     run = begin(trainer(tmp_path, teacher, None, lpips, student_steps=[1]))
-    (terms,) = run.losses(batch_of(run))
+    (terms,) = losses(run, batch_of(run))
     assert seen == [((4, 3, 8, 8),) * 2] and terms["perceptual"] > 0
     with pytest.raises(ValueError, match="`classifier` must be given for the second stage without LPIPS"):
         trainer(tmp_path, teacher, student_steps=[1])
@@ -253,11 +260,95 @@ def test_student_of_sfd_is_no_teacher_of_a_ladder(tmp_path):
         CFDDistillationTrainer(student, tiny_classifier(), None, load_image_data())
 
 
-def test_gradients_that_are_not_numbers_are_zero(tmp_path):
-    run = begin(trainer(tmp_path))
-    weight = run.model.conv_out.weight
-    (weight * torch.where(torch.arange(weight.numel()).view_as(weight) == 0, torch.nan, 1.0)).sum().backward()
-    assert weight.grad.flatten()[0] == 0 and (weight.grad.flatten()[1:] == 1).all()
+def test_node_that_is_not_finite_is_skipped_alone(tmp_path):
+    """The weights stay at the poisoned node, and the other nodes of its trajectory are learnt and logged."""
+    run = trainer(tmp_path / "run", student_steps=[3], max_train_steps=2, ema_decay=0.5)
+    compute_loss, weights = run.compute_loss, []
+
+    def poison(batch):
+        weights.append(parameters(run.model).clone())
+        poisoned = run.state.step == 1 and len(batch["walk"].steps) == 2
+        terms = compute_loss(batch)
+        return terms | {"loss": terms["loss"] * (torch.nan if poisoned else 1)}
+
+    run.compute_loss = poison
+    student = run.train()
+    assert [not torch.equal(*pair) for pair in pairwise(weights)] == [True, True, True, True, False]
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_steps"] for line in lines] == [0, 1] and lines[1]["loss"] > 0
+    assert parameters(student.unet).isfinite().all()
+
+    run = trainer(tmp_path / "nothing", max_train_steps=9, max_skipped_steps=3)
+    all_terms = run.compute_loss
+    run.compute_loss = lambda batch: {name: term * torch.nan for name, term in all_terms(batch).items()}
+    with pytest.raises(FloatingPointError, match="4 steps in a row .* up to step 2 of student"):
+        run.train()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_rcfd_of_accumulated_batches_is_that_of_the_whole(tmp_path, classifier, parts):
+    """Diversity is no mean over batches: it is taken over all of them, at every node of their walks."""
+
+    def gradients(accumulated):
+        run = begin(trainer(tmp_path, None, classifier, student_steps=[2], objective="rcfd",
+                            regularization_weight=1.0, entropy_ratio=0.0, cfd_weight=0.1))  # fmt: skip
+        draws = {name: value.chunk(accumulated) for name, value in batch_of(run, 8).items()}
+        batches = [{name: value[i] for name, value in draws.items()} for i in range(accumulated)]
+        found = []
+        for _ in range(2):
+            run.prepare_step(batches)
+            run.model.zero_grad()
+            for batch in batches:
+                (run.compute_loss(batch)["loss"] / accumulated).backward()
+            found.append(torch.cat([weight.grad.flatten() for weight in run.model.parameters()]))
+        return found
+
+    for whole, accumulated in zip(gradients(1), gradients(parts), strict=True):
+        assert (whole - accumulated).abs().max() < 1e-4 * whole.abs().max()
+
+
+def test_checkpoint_of_other_nodes_or_another_teacher_is_refused(tmp_path):
+    trainer(tmp_path, max_train_steps=2).train()
+    again = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    for name, other in (("nodes", {"student_steps": [3]}), ("teacher_nodes", {"teacher_steps": 3}),
+                        ("network.num_class_embeds", {"teacher": tiny_teacher(num_class_embeds=3)})):  # fmt: skip
+        with pytest.raises(ValueError, match=f"is of another run: its {name} is"):
+            trainer(tmp_path, **again | other).train()
+
+
+def test_signal_between_trajectories_saves_and_resumes(tmp_path):
+    """Data-free training passes the same place between two steps as any other."""
+    options = {"checkpointing_steps": 0, "student_steps": [1, 2]}
+    trainer(tmp_path / "whole", **options).train()
+    run = trainer(tmp_path / "stopped", **options)
+    compute_loss = run.compute_loss
+
+    def stop(batch):
+        if run.state.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return compute_loss(batch)
+
+    run.compute_loss = stop
+    with pytest.raises(SystemExit) as left:
+        run.train()
+    assert left.value.code == 128 + signal.SIGTERM and (tmp_path / "stopped/checkpoint-2").is_dir()
+    trainer(tmp_path / "stopped", resume_from_checkpoint="latest", **options).train()
+    for name in ("unet/diffusion_pytorch_model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+def test_evaluation_while_training_keeps_the_best_student(tmp_path, classifier):
+    evaluator = Evaluator(classifier, load_image_data(max_images=32), name="tiny", cache_dir=False)
+    config = SFDDistillationConfig(output_dir=str(tmp_path), max_train_steps=3, train_batch_size=4, eval_steps=1,
+                                   student_steps=[1, 2], learning_rate=1e-2, logging_steps=3, eval_num_images=16,
+                                   load_best_model_at_end=True)  # fmt: skip
+    student = SFDDistillationTrainer(tiny_teacher(), config=config, evaluator=evaluator).train()
+    values = [line["FD(tiny)"] for line in metrics(tmp_path) if "FD(tiny)" in line]
+    best = RCFDPipeline.from_pretrained(tmp_path / "best/student")
+    assert len(values) == 3 and best.scheduler.trained_steps == [1, 2]
+    assert torch.equal(parameters(student.unet), parameters(best.unet))
+    recorded = json.loads((tmp_path / "evaluation.json").read_text())
+    assert recorded["2"]["metrics"]["fd"]["value"] == min(values)
 
 
 def test_stock_pipeline_as_teacher_and_the_records_of_a_run(tmp_path):

@@ -1,3 +1,5 @@
+import copy
+import itertools
 import json
 import os
 import signal
@@ -11,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_rcfd import DiffusionConfig, DiffusionTrainer, RCFDScheduler, load_image_data
-from diffusers_rcfd.batches import RandomBatches
+from diffusers_rcfd.batches import RandomBatches, derived_seed
 from diffusers_rcfd.checkpoints import find_checkpoints
+from diffusers_rcfd.image_data import StreamingImageData
+from diffusers_rcfd.interruption import ECHO_SECONDS
 from tests.toys import parameters, tiny_unet
 
 
@@ -212,3 +216,189 @@ def test_process_killed_in_the_middle_resumes_bit_identical(tmp_path):
 def reached(folder):
     found = find_checkpoints(folder)
     return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+
+
+def test_signal_saves_a_checkpoint_before_leaving(tmp_path, digits):
+    """SIGTERM in a step: a checkpoint at its end, exit code 143, and the same weights after going on."""
+    trainer(tmp_path / "whole", digits).train()
+    run = trainer(tmp_path / "left", digits, checkpointing_steps=0)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as left:
+        signalled(run, at=3, numbers=[signal.SIGTERM, signal.SIGTERM]).train()  # the launcher's echo is no second one
+    assert left.value.code == 143
+    assert [path.name for path in find_checkpoints(tmp_path / "left")] == ["checkpoint-4"]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    options = {"checkpointing_steps": 0, "resume_from_checkpoint": "latest"}
+    trainer(tmp_path / "left", digits, **options).train()
+    assert files(tmp_path / "whole/unet") == files(tmp_path / "left/unet")
+    assert files(tmp_path / "whole")["metrics.jsonl"] == files(tmp_path / "left")["metrics.jsonl"]
+
+
+def signalled(run, at, numbers, seconds=0.0):
+    """The trainer, to which signals are sent in step `at`."""
+    compute_loss = run.compute_loss
+
+    def send(batch):
+        if run.state.step == at:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(seconds)
+        return compute_loss(batch)
+
+    run.compute_loss = send
+    return run
+
+
+def test_second_signal_leaves_at_once(tmp_path, digits):
+    run = trainer(tmp_path, digits, checkpointing_steps=0)
+    with pytest.raises(SystemExit) as left:
+        signalled(run, at=3, numbers=[signal.SIGINT, signal.SIGINT], seconds=1.1 * ECHO_SECONDS).train()
+    assert left.value.code == 130 and not find_checkpoints(tmp_path)
+    assert run.state.step == 3
+
+
+def test_signal_in_the_last_step_leaves_a_finished_run(tmp_path, digits):
+    with pytest.raises(SystemExit) as left:
+        signalled(trainer(tmp_path, digits), at=5, numbers=[signal.SIGINT]).train()
+    assert left.value.code == 130
+    assert (tmp_path / "model_index.json").is_file()
+    again = trainer(tmp_path, digits, resume_from_checkpoint="latest")
+    again.compute_loss = None  # nothing is left to train
+    again.train()
+
+
+def poisoned(run, steps, value=float("nan")):
+    """The trainer, whose loss is not finite in some steps."""
+    compute_loss = run.compute_loss
+
+    def poison(batch):
+        terms = compute_loss(batch)
+        return terms | {"loss": terms["loss"] + (value if run.state.step in steps else 0)}
+
+    run.compute_loss = poison
+    return run
+
+
+def everything(run, optimizer):
+    average = [value.clone() for value in run.ema.shadow_params]
+    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    return [value.clone() for value in run.model.parameters()], average, moments
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, digits, value, optimizer):
+    run = poisoned(trainer(tmp_path, digits, optimizer=optimizer, sample_steps=0, max_grad_norm=0.0), {0, 2}, value)
+    train_step, seen = run._train_step, []
+
+    def record(batches, optimizer, lr_scheduler):
+        terms = train_step(batches, optimizer, lr_scheduler)
+        seen.append(everything(run, optimizer))
+        return terms
+
+    run._train_step = record
+    run.train()
+    for kind in range(3):
+        same = [all(map(torch.equal, *pair)) for pair in zip([s[kind] for s in seen], [s[kind] for s in seen[1:]],
+                                                            strict=False)]  # fmt: skip
+        assert same == [False, True, False, False, False]
+    assert all(torch.isfinite(value).all() for kind in seen[-1] for value in kind)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [2, 0]
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
+
+
+def test_gradient_that_is_not_finite_is_skipped(tmp_path, digits):
+    run = trainer(tmp_path, digits, sample_steps=0, logging_steps=1)
+    compute_loss = run.compute_loss
+
+    def infinite_slope(batch):
+        terms = compute_loss(batch)
+        zero = terms["loss"] - terms["loss"].detach()
+        return terms | {"loss": terms["loss"] + (zero.sqrt() if run.state.step == 1 else 0)}
+
+    run.compute_loss = infinite_slope
+    run.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 0, 0, 0, 0]
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_a_report(tmp_path, digits):
+    run = poisoned(trainer(tmp_path, digits, max_train_steps=20, max_skipped_steps=3), {1, 2, 4, 5, 6, 7})
+    with pytest.raises(FloatingPointError, match="3 steps in a row .*up to step 7 of base.*loss=nan, grad_norm=nan.*"
+                                                 "checkpoint-6"):  # fmt: skip
+        run.train()
+    assert run.state.step == 7
+
+
+def in_half_precision(run, init_scale):
+    """fp16 on the CPU, for which Accelerate would ask for a GPU."""
+    run.accelerator.state._mixed_precision, run.accelerator.native_amp = "fp16", True
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+
+
+def test_grad_scaler_looking_for_its_scale_is_not_mistaken(tmp_path, digits):
+    """A scale that overflows for more steps than may be skipped in a row, then fits; and numbers that are wrong."""
+    options = {"max_train_steps": 30, "max_skipped_steps": 2, "sample_steps": 0, "logging_steps": 30}
+    run = trainer(tmp_path / "overflow", digits, **options)
+    wrong = poisoned(trainer(tmp_path / "wrong", digits, **options), range(30))
+    in_half_precision(run, init_scale=2.0**40)
+    run.train()
+    assert 1 < run.accelerator.scaler.get_scale() < 2.0**37
+    line = json.loads((tmp_path / "overflow/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["skipped_steps"] == 0 and line["loss"] > 0
+    in_half_precision(wrong, init_scale=4.0)
+    with pytest.raises(FloatingPointError, match="up to step 4 "):  # at scales 1/2 and 1/4
+        wrong.train()
+
+
+class Breaking(StreamingImageData):
+    """A stream whose source fails for good after some images."""
+
+    def __iter__(self):
+        for number, item in enumerate(super().__iter__()):
+            if number == 26:
+                raise ConnectionError("connection reset by peer")
+            yield item
+
+
+def test_stream_that_raises_leaves_a_checkpoint_and_names_itself(tmp_path):
+    digits = load_image_data(streaming=True, max_images=40)
+    broken = copy.copy(digits)
+    broken.__class__ = Breaking
+    options = {"max_train_steps": 8, "checkpointing_steps": 0}
+    with pytest.raises(RuntimeError, match="`train_dataset` digits .*after step 3 of base: ConnectionError: "
+                                           "connection reset .*checkpoint-3"):  # fmt: skip
+        trainer(tmp_path / "broken", broken, **options).train()
+    trainer(tmp_path / "broken", digits, resume_from_checkpoint="latest", **options).train()
+    trainer(tmp_path / "whole", digits, **options).train()
+    assert files(tmp_path / "whole/unet") == files(tmp_path / "broken/unet")
+
+
+class Mortal(torch.utils.data.Dataset):
+    """Images whose reader dies at a certain one."""
+
+    image_shape, num_classes, name = (1, 8, 8), 10, "mortal"
+
+    def __init__(self, digits, last):
+        self.digits, self.last = digits, last
+
+    def __len__(self):
+        return len(self.digits)
+
+    def __getitem__(self, index):
+        if index == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.digits[index]
+
+
+def test_dead_worker_leaves_a_checkpoint_and_an_error(tmp_path, digits):
+    last = next(itertools.islice(RandomBatches(64, 8, derived_seed(0, 0)), 4, None))[0]
+    options = {"checkpointing_steps": 0, "sample_steps": 0}
+    run = trainer(tmp_path / "dead", Mortal(digits, last), dataloader_num_workers=1, **options)
+    with pytest.raises(RuntimeError, match="`train_dataset` mortal failed after step .*checkpoint-"):
+        run.train()
+    assert [path.name for path in find_checkpoints(tmp_path / "dead")] == [f"checkpoint-{run.state.step}"]
+    trainer(tmp_path / "dead", digits, resume_from_checkpoint="latest", **options).train()
+    trainer(tmp_path / "whole", digits, **options).train()
+    assert files(tmp_path / "whole/unet") == files(tmp_path / "dead/unet")

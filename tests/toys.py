@@ -1,5 +1,7 @@
 """The closed-form networks that the golden numbers were computed with, and tiny real components."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,14 @@ def tiny_classifier(num_classes=10, **overrides):
     return FeatureClassifier("test_resnet", **(options | overrides))
 
 
+def tiny_sfd_student(**options) -> RCFDPipeline:
+    """SFD-v, not trained: one network of 2 and of 3 evaluations, unconditional where `options` say nothing."""
+    torch.manual_seed(0)
+    nodes = [[1016, 964, 379, 0], [1016, 990, 700, 379, 0]]
+    scheduler = RCFDScheduler(nodes=nodes, analytical_first_step=True, clip_sample=False)
+    return RCFDPipeline(tiny_unet(**{"num_class_embeds": 2} | options), scheduler)
+
+
 def tiny_teacher(num_inference_steps=None, seed=0, **overrides):
     """A randomly initialised pipeline for 8x8 grey images."""
     torch.manual_seed(seed)
@@ -54,3 +64,14 @@ def tiny_teacher(num_inference_steps=None, seed=0, **overrides):
 def parameters(model):
     """All weights of a model as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@contextmanager
+def largest_file(size):
+    """Writing a file beyond `size` bytes fails in here, as on a full disk; `None` is no limit."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before if size is None else size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
