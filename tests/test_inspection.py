@@ -41,6 +41,10 @@ def test_student_of_sfd_starts_at_its_own_noise_and_rows(classifier, embeddings,
     noise = initial_noise(range(4), (1, 8, 8))
     images = pipeline(4, N, latents=noise, class_labels=labels, output_type="pt").images
     torch.testing.assert_close((inspection.x0[-1] / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=0.02)
+    rows = torch.tensor(labels or [0] * 4) + (N - 2) * embeddings // 2
+    with torch.no_grad():
+        first = pipeline.unet(pipeline.scheduler.init_noise_sigma * noise, inspection.timesteps[0], rows).sample
+    torch.testing.assert_close(inspection.x0[0], first)
 
 
 def test_class_conditional_models_are_given_their_classes(classifier):

@@ -234,8 +234,8 @@ def gradients(output_dir, batch_size, accumulation):
         def _predict(self, batch):
             return super()._predict(batch | {"images": batch["images"].to(self.kind)})
 
-        def _train_step(self, *args):
-            terms = super()._train_step(*args)
+        def _optimizer_step(self, *args):
+            terms = super()._optimizer_step(*args)
             for name in ("loss", "diversity"):
                 if name in terms:
                     mean = self.accelerator.reduce(terms[name], "mean")
