@@ -121,7 +121,7 @@ def test_what_an_old_config_leaves_out_is_its_class_default():
 @pytest.mark.parametrize(
     "stock, message",
     [
-        (EDMEulerScheduler(), "EDMEulerScheduler cannot be converted.*`sigma_data`=0.5.*not z_t and its index"),
+        (EDMEulerScheduler(), "EDMEulerScheduler cannot be converted.*`sigma_data`=0.5.*whole pipeline"),
         (CMStochasticIterativeScheduler(), "`sigma_data`=0.5"),
         (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler cannot be converted, it has no betas"),
         (ScoreSdeVeScheduler(), "ScoreSdeVeScheduler cannot be converted, it has no betas"),
