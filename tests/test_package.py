@@ -110,7 +110,8 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_import_graph_has_no_cycle():
     graph = import_graph()
-    assert graph["pipeline_rcfd"] == {"edm_teacher", "saving", "scheduling_rcfd"}, "the graph misses an import that is there"
+    there = {"edm_teacher", "saving", "scheduling_rcfd"}
+    assert graph["pipeline_rcfd"] == there, "the graph misses an import that is there"
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
