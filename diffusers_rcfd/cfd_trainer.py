@@ -162,6 +162,7 @@ class CFDDistillationTrainer(GeneratorTrainer):
             training_seconds=self.state.seconds,
             evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
             class_conditional=student.unet.config.num_class_embeds is not None,
+            data_std=student.scheduler.config.data_std,
         )
         write_model_card(folder, run, existing)
 

@@ -46,6 +46,7 @@ class RunDescription:
         evaluations (`dict[int, dict]`): `EvaluationResult.to_dict()` by student steps.
         class_conditional (`bool`): whether the model takes class labels.
         prediction_type (`str`, defaults to `"sample"`): what the network predicts.
+        data_std (`float`, defaults to 1.0): of the scheduler; others than 1 are unknown to stock pipelines.
         num_inference_steps (`int`, *optional*): steps of a model with no `rungs`.
     """
 
@@ -61,6 +62,7 @@ class RunDescription:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     class_conditional: bool = False
     prediction_type: str = "sample"
+    data_std: float = 1.0
     num_inference_steps: int | None = None
 
     @property
@@ -168,7 +170,7 @@ def _usage(run: RunDescription) -> str:
         "With plain Diffusers:\n\n```python",
         "from diffusers import DiffusionPipeline\n",
     ]
-    if run.class_conditional:  # a stock DDIMPipeline gives its network no labels
+    if run.class_conditional or run.data_std != 1:  # a stock DDIMPipeline knows neither
         lines += [
             f'repo = "{run.repo_id}"',
             "pipe = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",
@@ -305,6 +307,7 @@ def write_pipeline_card(pipeline: "RCFDPipeline", folder: Path, repo_id: str, to
         license=None,  # whoever publishes chooses it
         class_conditional=num_classes is not None,
         prediction_type=pipeline.scheduler.config.prediction_type,
+        data_std=pipeline.scheduler.config.data_std,
         num_inference_steps=steps,
     )
     write_model_card(folder, run, read_card(repo_id, token))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import DDPMPipeline, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, RCFDPipeline, load_image_data
 from diffusers_rcfd.edm_teacher import edm_sigmas, from_edm
@@ -88,11 +88,25 @@ def test_student_keeps_the_parametrisation(tmp_path):
     config = CFDDistillationConfig(str(tmp_path), student_steps=[2], teacher_steps=[4], objective=["pd"],
                                    max_train_steps=[3], train_batch_size=8, learning_rate=1e-3)  # fmt: skip
     before = parameters(teacher.unet).clone()
-    CFDDistillationTrainer(teacher, None, config, load_image_data(max_images=16)).train()
+    trainer = CFDDistillationTrainer(teacher, None, config, load_image_data(max_images=16))
+    trainer.train()
     student = RCFDPipeline.from_pretrained(tmp_path / "2-step")
     assert student.scheduler.config.data_std == 0.5 and student.scheduler.config.prediction_type == "v_prediction"
     torch.testing.assert_close(student.scheduler.alpha, teacher.scheduler.alpha)
     assert not torch.equal(parameters(student.unet), before)
+    trainer.create_model_card(tmp_path / "2-step")
+    card = (tmp_path / "2-step/README.md").read_text()
+    assert "custom_pipeline=repo" in card and "use_clipped_model_output" not in card
+
+
+def test_custom_pipeline_knows_the_scale(tmp_path):
+    """In the saved file's own code, as plain Diffusers runs it."""
+    pipeline = RCFDPipeline(edm_unet(), EDMEulerScheduler())
+    pipeline.save_pretrained(tmp_path)
+    other = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
+    assert type(other).__module__ != RCFDPipeline.__module__
+    images = pipeline(4, 2, latents=NOISE, output_type="pt").images
+    torch.testing.assert_close(other(4, 2, latents=NOISE, output_type="pt").images, images)
 
 
 def test_what_cannot_be_converted():
