@@ -99,6 +99,7 @@ class CFDDistillationTrainer(GeneratorTrainer):
             if self.classifier is not None:
                 self.classifier.to(self.accelerator.device).freeze()
             without_dropout(student).requires_grad_(True)
+            student.register_to_config(_name_or_path=rung.name)  # not the folder that its teacher was loaded from
             yield Stage(self.rung.name, index, student, self.rung.max_train_steps)
             self.teacher = RCFDPipeline(self.model, self.scheduler)
 

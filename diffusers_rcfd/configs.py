@@ -3,7 +3,9 @@
 The help text of a field is its one documentation: it serves the command line, the YAML recipes and Python alike.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from os import PathLike
 from typing import Any
 
 OBJECTIVES = ("pd", "cfd", "rcfd")
@@ -59,6 +61,18 @@ def _is_count(value: Any, minimum: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
+def require_kinds(config: Any) -> None:
+    """Raise the `ValueError` of a field that should be text, a truth value or finite, and is not."""
+    for each in fields(config):
+        name, kind, value = each.name, each.type, getattr(config, each.name)
+        if kind is bool:
+            require(isinstance(value, bool), name, value, "True or False")
+        elif kind is str or (kind == str | None and value is not None):
+            require(isinstance(value, (str, PathLike)), name, value, "text")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            require(not isinstance(number, float) or not math.isinf(number), name, number, "finite")
+
+
 @dataclass
 class DataConfig:
     """Where the real images come from; the arguments of `load_image_data`."""
@@ -79,7 +93,9 @@ class DataConfig:
     cache_dir: str | None = option(None, "Cache folder of the data set.")
 
     def __post_init__(self):
-        require(self.channels in (None, 1, 3), "channels", self.channels, "1 or 3")
+        require_kinds(self)
+        grey_or_rgb = _is_count(self.channels) and self.channels in (1, 3)
+        require(self.channels is None or grey_or_rgb, "channels", self.channels, "1 or 3")
         require(
             self.resolution is None or _is_count(self.resolution, 1),
             "resolution",
@@ -107,7 +123,9 @@ class EvaluationConfig:
     statistics_dir: str | None = option(None, "Cache of the reference's statistics; unset: in the Hugging Face home.")
 
     def __post_init__(self):
-        require(len(self.metrics) > 0, "metrics", self.metrics, f"of {METRICS}")
+        require_kinds(self)
+        several = isinstance(self.metrics, (list, tuple)) and len(self.metrics) > 0
+        require(several, "metrics", self.metrics, f"of {METRICS}")
         for metric in self.metrics:
             require(metric in METRICS, "metrics", metric, f"of {METRICS}")
         for name, least in (("num_images", 2), ("eval_batch_size", 1), ("seed", 0)):
@@ -162,6 +180,7 @@ class TrainingConfig:
     )
 
     def __post_init__(self):
+        require_kinds(self)
         positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images")
         for name in (*positive, "max_skipped_steps", "checkpoints_total_limit"):
             require(_is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
@@ -329,7 +348,7 @@ class CFDDistillationConfig(GeneratorConfig):
     def __post_init__(self):
         for name in PER_RUNG + ("student_steps",):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, (list, tuple)):
+            if not isinstance(value, (list, tuple)) and (value is not None or name in ("student_steps", "objective")):
                 setattr(self, name, [value])
         super_check = self.max_train_steps
         self.max_train_steps = self.max_train_steps or [1]

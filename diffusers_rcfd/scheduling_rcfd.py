@@ -67,6 +67,10 @@ def ddim_coefficients(alpha_t, sigma_t, alpha_s, sigma_s):
     return alpha_s - b * alpha_t, b
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 class RCFDScheduler(SchedulerMixin, ConfigMixin):
     """DDIM-style deterministic scheduler whose N-step grids nest, for students of 1 to 4 steps.
 
@@ -131,32 +135,43 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`num_train_timesteps` must be an integer of at least 2, got {n!r}.")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+        flags = {"clip_sample": clip_sample, "thresholding": thresholding}
+        for name, value in (flags | {"rescale_betas_zero_snr": rescale_betas_zero_snr}).items():
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        if not _is_number(clip_sample_range) or not 0 < clip_sample_range < math.inf:
+            raise ValueError(f"`clip_sample_range` must be a number above 0, got {clip_sample_range!r}.")
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
                 "`rescale_betas_zero_snr=True` leaves no image in z_T, which `prediction_type='epsilon'` must divide "
                 "by: use 'sample' or 'v_prediction'."
             )
 
-        if not 0 < data_std < math.inf:
-            raise ValueError(f"`data_std` must be above 0, got {data_std!r}.")
-        if not 0 < dynamic_thresholding_ratio <= 1:
+        if not _is_number(data_std) or not 0 < data_std < math.inf:
+            raise ValueError(f"`data_std` must be a number above 0, got {data_std!r}.")
+        if not _is_number(dynamic_thresholding_ratio) or not 0 < dynamic_thresholding_ratio <= 1:
             raise ValueError(f"`dynamic_thresholding_ratio` must be in (0, 1], got {dynamic_thresholding_ratio!r}.")
-        if thresholding and sample_max_value < 1:
+        if not _is_number(sample_max_value) or not 1 <= sample_max_value < math.inf:
             raise ValueError(f"`sample_max_value` must be at least 1, got {sample_max_value!r}.")
 
         if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+            try:
+                betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError):
+                betas = torch.empty(0)
             if betas.shape != (n,) or not ((betas > 0) & (betas < 1)).all():
-                raise ValueError(
-                    f"`trained_betas` must hold `num_train_timesteps`={n} values in (0, 1), got shape "
-                    f"{tuple(betas.shape)} from {betas.min():.3g} to {betas.max():.3g}."
-                )
+                given = repr(trained_betas)
+                if betas.numel():
+                    given = f"shape {tuple(betas.shape)} from {betas.min():.3g} to {betas.max():.3g}"
+                raise ValueError(f"`trained_betas` must hold `num_train_timesteps`={n} values in (0, 1), got {given}.")
         elif beta_schedule not in BETA_SCHEDULES:
             raise ValueError(f"`beta_schedule` must be one of {BETA_SCHEDULES}, got {beta_schedule!r}.")
-        elif beta_schedule != "squaredcos_cap_v2" and not 0 < beta_start <= beta_end < 1:
+        elif beta_schedule != "squaredcos_cap_v2" and not (
+            _is_number(beta_start) and _is_number(beta_end) and 0 < beta_start <= beta_end < 1
+        ):
             raise ValueError(
-                f"`beta_start` and `beta_end` must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and "
-                f"{beta_end}."
+                f"`beta_start` and `beta_end` must satisfy 0 < beta_start <= beta_end < 1, got {beta_start!r} and "
+                f"{beta_end!r}."
             )
         elif beta_schedule == "linear":
             betas = torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
