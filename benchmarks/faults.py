@@ -14,6 +14,7 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -44,7 +45,8 @@ def main():
     args = parser.parse_args()
     folder = ROOT / f"runs/faults/seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    tqdm.monitor_interval = 0  # no thread here: every run is forked from this process
+    tqdm.monitor_interval = 0  # no thread here: every run is forked from this process,
+    tqdm.set_lock(threading.RLock())  # which a bar's lock between processes, held by one that is killed, would stop
     records = stop_runs(args, folder)
     inputs = bad_inputs(args.bad_inputs, args.seed, folder / "bad-inputs")
     args.report.write_text(report(args, records, inputs), encoding="utf-8")
