@@ -24,6 +24,7 @@ TEACHERS = {
     "--beta_start 0.00085 --beta_end 0.012",
     "v, cosine": "--prediction_type v_prediction",
     "sample, cosine": "--prediction_type sample",
+    "EDM": None,  # which examples/train_teacher.py does not train: see `train_edm`
     "v, cosine, class-conditional": "--prediction_type v_prediction --class_conditional",
 }
 BASE = {"config": "digits", "max_train_steps": 1200}
@@ -72,7 +73,10 @@ def read_run(folder, options, networks, args):
         shared = {"seed": args.seed, "resume_from_checkpoint": "latest"}
         teacher = folder / "teacher"
         if not (teacher / "model_index.json").is_file():
-            example("train_teacher", BASE | shared | {"output_dir": teacher}, options.split())
+            if options is None:
+                train_edm(teacher, args.seed)
+            else:
+                example("train_teacher", BASE | shared | {"output_dir": teacher}, options.split())
         given = {name: path for name, path in networks.items() if path is not None}
         threads = {"cpu_threads": args.cpu_threads}
         example(
@@ -80,6 +84,36 @@ def read_run(folder, options, networks, args):
         )
     rows = json.loads(comparison.read_text(encoding="utf-8"))
     return {(row["num_inference_steps"], row["method"]): row["evaluation"] for row in rows}
+
+
+def train_edm(folder, seed):
+    """A stock pipeline of a network with EDM's preconditioning: trained as the network of z_t that it is."""
+    import torch
+    from diffusers import DDPMPipeline, EDMEulerScheduler
+
+    from diffusers_rcfd import DiffusionConfig, DiffusionTrainer, build_unet, load_image_data
+    from diffusers_rcfd.edm_teacher import from_edm
+
+    torch.manual_seed(seed)
+    stock, unet = EDMEulerScheduler(prediction_type="v_prediction"), build_unet("digits")
+    network, scheduler = from_edm(unet, stock.config)
+    network.time_proj.requires_grad_(False)  # EDM's embeddings of ln(sigma) / 4
+    config = DiffusionConfig(
+        str(folder.with_name("training")),
+        max_train_steps=BASE["max_train_steps"],
+        train_batch_size=64,
+        learning_rate=2e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=100,
+        ema_decay=0.995,
+        checkpointing_steps=200,
+        resume_from_checkpoint="latest",
+        seed=seed,
+    )
+    trained = DiffusionTrainer(network, scheduler, config, load_image_data("digits")).train().unet.state_dict()
+    trained.pop("time_proj.weight")
+    unet.load_state_dict(trained)
+    DDPMPipeline(unet, stock).save_pretrained(folder)
 
 
 def example(name, options, more=()):
@@ -113,9 +147,10 @@ Written on {date.today()}, on one CPU core, with {packages}, by
     python benchmarks/any_teacher.py {command}
 
 Each teacher is trained on the digits for {BASE["max_train_steps"]} iterations and saved as a stock pipeline; its
-students keep its prediction type and schedule. The 8-step student matches 8 teacher steps at once by PD, the next
-ones halve it, each with {LADDER["max_train_steps"][0]} iterations: a short run that shows that each kind of teacher
-can be distilled, not how far. DDIM is the teacher itself in so few steps. One seed.
+students keep its prediction type and schedule; EDM's becomes, exactly, a network of z_t that predicts v. The 8-step
+student matches 8 teacher steps at once by PD, the next ones halve it, each with {LADDER["max_train_steps"][0]}
+iterations: a short run that shows that each kind of teacher can be distilled, not how far. DDIM is the teacher itself
+in so few steps. One seed.
 
 Frechet distance, lower is better, in the features of a classifier that no loss has seen (`{evaluation["extractor"]}`,
 {evaluation["num_images"]} generated images against the {evaluation["num_reference_images"]} of

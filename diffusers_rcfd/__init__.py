@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Each public name and the module that defines it.
 _MODULE_OF = {
-    "CFDDistillationConfig": "configs",
+    "CFDDistillationConfig": "cfd_config",
     "CFDDistillationTrainer": "cfd_trainer",
     "ClassifierConfig": "configs",
     "ClassifierTrainer": "classifier_trainer",
@@ -34,9 +34,9 @@ _MODULE_OF = {
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:
+    from diffusers_rcfd.cfd_config import CFDDistillationConfig as CFDDistillationConfig
     from diffusers_rcfd.cfd_trainer import CFDDistillationTrainer as CFDDistillationTrainer
     from diffusers_rcfd.classifier_trainer import ClassifierTrainer as ClassifierTrainer
-    from diffusers_rcfd.configs import CFDDistillationConfig as CFDDistillationConfig
     from diffusers_rcfd.configs import ClassifierConfig as ClassifierConfig
     from diffusers_rcfd.configs import DataConfig as DataConfig
     from diffusers_rcfd.configs import DiffusionConfig as DiffusionConfig

@@ -10,8 +10,9 @@ from diffusers import UNet2DModel
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
+from diffusers_rcfd.cfd_config import CFDDistillationConfig, Rung
 from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
-from diffusers_rcfd.configs import CFDDistillationConfig, Rung, require
+from diffusers_rcfd.configs import require
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.feature_terms import feature_terms
@@ -89,6 +90,7 @@ class CFDDistillationTrainer(GeneratorTrainer):
             if self.classifier is not None:
                 self.classifier.to(self.accelerator.device).freeze()
             without_dropout(student).requires_grad_(True)
+            student.register_to_config(_name_or_path=rung.name)  # not the folder that its teacher was loaded from
             yield Stage(self.rung.name, index, student, self.rung.max_train_steps)
             self.teacher = RCFDPipeline(self.model, self.scheduler)
 
@@ -152,6 +154,7 @@ class CFDDistillationTrainer(GeneratorTrainer):
             training_seconds=self.state.seconds,
             evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
             class_conditional=student.num_classes is not None,
+            data_std=student.scheduler.config.data_std,
         )
         write_model_card(folder, run, existing)
 

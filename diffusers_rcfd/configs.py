@@ -3,7 +3,9 @@
 The help text of a field is its one documentation: it serves the command line, the YAML recipes and Python alike.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from os import PathLike
 from typing import Any
 
 OBJECTIVES = ("pd", "cfd", "rcfd")
@@ -23,15 +25,6 @@ LR_SCHEDULERS = (
     "polynomial",
     "piecewise_constant",  # a tenth from half-way on, without warm-up
 )
-
-# The options that take one value for each rung of a ladder.
-PER_RUNG = ("teacher_steps", "objective", "temperature", "regularization_weight", "entropy_ratio", "max_train_steps")
-
-# Appendix C.4 of the paper: student steps -> (tau, beta, gamma).
-LOSS_PRESETS = {
-    "resnet18": {4: (0.95, 0.003, 0.75), 2: (0.95, 0.003, 0.75), 1: (0.85, 0.003, 0.5)},
-    "densenet201": {4: (0.9, 0.0, 0.5), 2: (1.0, 0.0, 0.5), 1: (0.85, 0.0, 0.5)},
-}
 
 
 def option(default: Any, help: str) -> Any:
@@ -53,12 +46,26 @@ def require_count(name: str, value: int, least: int) -> None:
     require(integer and value >= least, name, value, f"an integer of at least {least}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, which a bool is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
-def _is_count(value: Any, minimum: int = 0) -> bool:
+def is_count(value: Any, minimum: int = 0) -> bool:
+    """Whether a value is an integer of at least `minimum`, which a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def require_kinds(config: Any) -> None:
+    """Raise the `ValueError` of a field that should be text, a truth value or finite, and is not."""
+    for each in fields(config):
+        name, kind, value = each.name, each.type, getattr(config, each.name)
+        if kind is bool:
+            require(isinstance(value, bool), name, value, "True or False")
+        elif kind is str or (kind == str | None and value is not None):
+            require(isinstance(value, (str, PathLike)), name, value, "text")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            require(not isinstance(number, float) or not math.isinf(number), name, number, "finite")
 
 
 @dataclass
@@ -81,9 +88,11 @@ class DataConfig:
     cache_dir: str | None = option(None, "Cache folder of the data set.")
 
     def __post_init__(self):
-        require(self.channels in (None, 1, 3), "channels", self.channels, "1 or 3")
+        require_kinds(self)
+        grey_or_rgb = is_count(self.channels) and self.channels in (1, 3)
+        require(self.channels is None or grey_or_rgb, "channels", self.channels, "1 or 3")
         require(
-            self.resolution is None or _is_count(self.resolution, 1),
+            self.resolution is None or is_count(self.resolution, 1),
             "resolution",
             self.resolution,
             "a positive integer",
@@ -109,7 +118,9 @@ class EvaluationConfig:
     statistics_dir: str | None = option(None, "Cache of the reference's statistics; unset: in the Hugging Face home.")
 
     def __post_init__(self):
-        require(len(self.metrics) > 0, "metrics", self.metrics, f"of {METRICS}")
+        require_kinds(self)
+        several = isinstance(self.metrics, (list, tuple)) and len(self.metrics) > 0
+        require(several, "metrics", self.metrics, f"of {METRICS}")
         for metric in self.metrics:
             require(metric in METRICS, "metrics", metric, f"of {METRICS}")
         for name, least in (("num_images", 2), ("eval_batch_size", 1), ("seed", 0)):
@@ -164,22 +175,23 @@ class TrainingConfig:
     )
 
     def __post_init__(self):
+        require_kinds(self)
         positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images")
         for name in (*positive, "max_skipped_steps", "checkpoints_total_limit"):
-            require(_is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
+            require(is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
         for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "eval_steps", "sample_steps",
                      "checkpointing_steps"):  # fmt: skip
-            require(_is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 0")
+            require(is_count(getattr(self, name)), name, getattr(self, name), "an integer of at least 0")
         for steps in self.max_train_steps if isinstance(self.max_train_steps, list) else [self.max_train_steps]:
-            require(_is_count(steps, 1), "max_train_steps", steps, "a positive integer")
+            require(is_count(steps, 1), "max_train_steps", steps, "a positive integer")
         require(
-            _is_number(self.learning_rate) and self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0"
+            is_number(self.learning_rate) and self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0"
         )
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
+            require(is_number(value) and value >= 0, name, value, "a number of at least 0")
         require(
-            _is_number(self.ema_decay) and 0 <= self.ema_decay < 1,
+            is_number(self.ema_decay) and 0 <= self.ema_decay < 1,
             "ema_decay",
             self.ema_decay,
             "in [0, 1), 0 for none",
@@ -225,7 +237,7 @@ class DiffusionConfig(GeneratorConfig):
         super().__post_init__()
         require(self.loss_weighting in WEIGHTINGS, "loss_weighting", self.loss_weighting, f"one of {WEIGHTINGS}")
         require(
-            _is_count(self.sample_inference_steps, 1),
+            is_count(self.sample_inference_steps, 1),
             "sample_inference_steps",
             self.sample_inference_steps,
             "a positive integer",
@@ -249,19 +261,19 @@ class ClassifierConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         require(
-            _is_count(self.random_crop_padding),
+            is_count(self.random_crop_padding),
             "random_crop_padding",
             self.random_crop_padding,
             "an integer of at least 0",
         )
         require(
-            _is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
+            is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
             "label_smoothing",
             self.label_smoothing,
             "in [0, 1)",
         )
         require(
-            _is_number(self.eval_fraction) and 0 < self.eval_fraction < 1,
+            is_number(self.eval_fraction) and 0 < self.eval_fraction < 1,
             "eval_fraction",
             self.eval_fraction,
             "in (0, 1)",
@@ -289,7 +301,7 @@ class FeatureLossConfig(GeneratorConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(_is_number(self.cfd_weight) and self.cfd_weight >= 0, "cfd_weight", self.cfd_weight, "at least 0")
+        require(is_number(self.cfd_weight) and self.cfd_weight >= 0, "cfd_weight", self.cfd_weight, "at least 0")
         require(self.distribution in DISTRIBUTIONS, "distribution", self.distribution, f"one of {DISTRIBUTIONS}")
         require(self.spatial_loss in ("l1", "kl"), "spatial_loss", self.spatial_loss, "'l1' or 'kl'")
         for stage in self.feature_stages or ():
@@ -301,145 +313,4 @@ class FeatureLossConfig(GeneratorConfig):
         """Raise a `ValueError` for a temperature that Eq. 4 (or Eq. 8) does not know."""
         allowed = "above 0" if self.dual_temperature else "in (0, 1]"
         upper = float("inf") if self.dual_temperature else 1
-        require(_is_number(tau) and 0 < tau <= upper, "temperature", tau, allowed)
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One student of the ladder: N = `student_steps`, each matching K = `teacher_steps` steps of its teacher."""
-
-    student_steps: int
-    teacher_steps: int
-    objective: str
-    temperature: float
-    regularization_weight: float
-    entropy_ratio: float
-    max_train_steps: int
-
-    @property
-    def name(self) -> str:
-        """Name of the student's folder: "4-step"."""
-        return f"{self.student_steps}-step"
-
-
-@dataclass
-class CFDDistillationConfig(FeatureLossConfig):
-    """A ladder of students, each the next one's teacher, with the paper's appendix C.4 as defaults.
-
-    Options said to be for each rung take one value for all, or as many as `student_steps` has.
-    """
-
-    student_steps: list[int] = option([4, 2, 1], "Steps of the students, falling, each dividing the one before.")
-    teacher_steps: list[int] | None = option(
-        None,
-        "Teacher steps K that a student matches with each of its own, for each rung. Unset: 2 from a base model, else "
-        "the ratio of the two step counts. A base model takes any K, so that rungs can be skipped.",
-    )
-    objective: list[str] = option(
-        ["rcfd"],
-        "For each rung: 'pd' matches images (Eq. 2), 'cfd' the classifier's feature distribution (Eq. 4), 'rcfd' adds "
-        "entropy and diversity (Eq. 7).",
-    )
-    preset: str | None = option(
-        "resnet18",
-        f"Paper's temperature, weight and ratio for a classifier: one of {tuple(LOSS_PRESETS)} or none. It names "
-        "4, 2 and 1 steps; earlier rungs take those of 4. Values given below win.",
-    )
-    temperature: list[float] | None = option(None, "tau in (0, 1], for each rung: sharpens the teacher's features.")
-    regularization_weight: list[float] | None = option(
-        None,
-        "beta, for each rung: weight of entropy and diversity (rcfd). The diversity term's mean runs over the whole "
-        "batch of an optimizer step, of all processes and accumulated batches, which those cost a forward pass more.",
-    )
-    entropy_ratio: list[float] | None = option(None, "gamma in [0, 1], for each rung: entropy's share of that weight.")
-    max_train_steps: list[int] | None = option(
-        None, "Optimizer steps, for each rung. Unset: the paper's 10 000 down to 4 student steps, 20 000 below."
-    )
-    loss_weighting: str = option("both", "Weighting of pd: 'both' is the truncated SNR, 'x' or 'eps'.")
-    learning_rate: float = option(5e-5, "Peak learning rate, of each rung anew.")
-    lr_scheduler: str = option("cosine", f"Learning-rate schedule of Diffusers: one of {LR_SCHEDULERS}.")
-
-    def __post_init__(self):
-        for name in PER_RUNG + ("student_steps",):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, (list, tuple)):
-                setattr(self, name, [value])
-        super_check = self.max_train_steps
-        self.max_train_steps = self.max_train_steps or [1]
-        super().__post_init__()
-        self.max_train_steps = super_check
-
-        steps = self.student_steps = list(self.student_steps)
-        require(
-            len(steps) > 0 and all(_is_count(N, 1) for N in steps),
-            "student_steps",
-            steps,
-            "positive integers, one or more",
-        )
-        require(
-            all(high > low and high % low == 0 for high, low in zip(steps, steps[1:], strict=False)),
-            "student_steps",
-            steps,
-            "in falling order, each dividing the one before it",
-        )
-        for name in PER_RUNG:
-            value = getattr(self, name)
-            if value is not None:
-                require(
-                    len(value) in (1, len(steps)), name, value, f"one value, or one for each of the {len(steps)} rungs"
-                )
-        for K in self.teacher_steps or ():
-            require(_is_count(K, 1), "teacher_steps", K, "positive integers")
-        for objective in self.objective:
-            require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
-        if self.preset in ("none", ""):
-            self.preset = None
-        presets = tuple(LOSS_PRESETS)
-        require(self.preset is None or self.preset in LOSS_PRESETS, "preset", self.preset, f"one of {presets} or none")
-        for tau in self.temperature or ():
-            self.check_temperature(tau)
-        for beta in self.regularization_weight or ():
-            require(_is_number(beta) and beta >= 0, "regularization_weight", beta, "a number of at least 0")
-        for gamma in self.entropy_ratio or ():
-            require(_is_number(gamma) and 0 <= gamma <= 1, "entropy_ratio", gamma, "in [0, 1]")
-        require(self.loss_weighting in WEIGHTINGS, "loss_weighting", self.loss_weighting, f"one of {WEIGHTINGS}")
-
-    def rungs(self, teacher_num_inference_steps: int | None, last_index: int) -> list[Rung]:
-        """The ladder below a teacher.
-
-        Args:
-            teacher_num_inference_steps (`int`, *optional*): steps the teacher was distilled for; `None` for a base
-                model, which samples in any number of steps.
-            last_index (`int`): T, the largest step count of the schedule.
-
-        Raises:
-            ValueError: if the steps do not divide the teacher's, exceed them, or `teacher_steps` does not lead there.
-        """
-        above, rungs = teacher_num_inference_steps, []
-        for i, N in enumerate(self.student_steps):
-            K = self._of_rung("teacher_steps", i)
-            if above is None:
-                K = K or 2
-                allowed = f"such that `student_steps` times `teacher_steps` is at most T = {last_index}"
-                require(N * K <= last_index, "student_steps", f"{N} (with {K} teacher steps)", allowed)
-            else:
-                require(N < above or K == 1, "student_steps", N, f"below the teacher's {above} steps")
-                require(above % N == 0, "student_steps", N, f"a divisor of the teacher's {above} steps")
-                K = K or above // N
-                require(N * K == above, "teacher_steps", K, f"{above // N}, for {above} steps to become {N}")
-            presets = LOSS_PRESETS.get(self.preset, {})
-            tau, beta, gamma = presets.get(min(N, 4), presets.get(2)) if presets else (1.0, 0.0, 0.5)
-            given = (self._of_rung(name, i) for name in ("temperature", "regularization_weight", "entropy_ratio"))
-            tau, beta, gamma = (
-                default if value is None else value for value, default in zip(given, (tau, beta, gamma), strict=True)
-            )
-            objective = self._of_rung("objective", i)
-            iterations = self._of_rung("max_train_steps", i) or (10_000 if N >= 4 else 20_000)
-            rungs.append(Rung(N, K, objective, tau, beta if objective == "rcfd" else 0.0, gamma, iterations))
-            above = N
-        return rungs
-
-    def _of_rung(self, name: str, i: int) -> Any:
-        """The value of an option at rung i."""
-        value = getattr(self, name)
-        return None if value is None else value[i if len(value) > 1 else 0]
+        require(is_number(tau) and 0 < tau <= upper, "temperature", tau, allowed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from diffusers_rcfd.configs import Rung
+from diffusers_rcfd.cfd_config import Rung
 from diffusers_rcfd.hub import read_card
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class RunDescription:
         evaluations (`dict[int, dict]`): `EvaluationResult.to_dict()` by student steps.
         class_conditional (`bool`): whether the model takes class labels.
         prediction_type (`str`, defaults to `"sample"`): what the network predicts.
+        data_std (`float`, defaults to 1.0): of the scheduler; others than 1 are unknown to stock pipelines.
         num_inference_steps (`int`, *optional*): steps of a model with no `rungs`.
         network_evaluations (`list[int]`): of a student of SFD, which has no rungs: the numbers that it samples in.
         stock_call (`dict`): of a student of SFD, `RCFDPipeline.stock_call`.
@@ -63,6 +64,7 @@ class RunDescription:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     class_conditional: bool = False
     prediction_type: str = "sample"
+    data_std: float = 1.0
     num_inference_steps: int | None = None
     network_evaluations: list[int] = field(default_factory=list)
     stock_call: dict[str, Any] = field(default_factory=dict)
@@ -188,7 +190,7 @@ def _usage(run: RunDescription) -> str:
             f"pipe.scheduler.init_noise_sigma = {call['init_noise_sigma']!r}",
             f"images = pipe(16, num_inference_steps=None, timesteps={call['timesteps']}{rows}).images\n```\n",
         ]
-    elif run.class_conditional:  # a stock DDIMPipeline gives its network no labels
+    elif run.class_conditional or run.data_std != 1:  # a stock DDIMPipeline knows neither
         lines += [
             f'repo = "{run.repo_id}"',
             "pipe = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",
@@ -326,6 +328,7 @@ def write_pipeline_card(pipeline: "RCFDPipeline", folder: Path, repo_id: str, to
         license=None,  # whoever publishes chooses it
         class_conditional=num_classes is not None,
         prediction_type=pipeline.scheduler.config.prediction_type,
+        data_std=pipeline.scheduler.config.data_std,
         num_inference_steps=steps,
         network_evaluations=counts,
         stock_call=pipeline.stock_call() if counts else {},

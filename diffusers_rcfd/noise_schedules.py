@@ -7,6 +7,11 @@ import torch
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
+def is_number(value) -> bool:
+    """Whether a value is an int or a float, which a bool is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def schedule_betas(
     num_train_timesteps: int,
     beta_schedule: str = "squaredcos_cap_v2",
@@ -25,21 +30,24 @@ def schedule_betas(
     """
     n = num_train_timesteps
     if trained_betas is not None:
-        betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+        try:
+            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            betas = torch.empty(0)
         if betas.shape != (n,) or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(
-                f"`trained_betas` must hold `num_train_timesteps`={n} values in (0, 1), got shape "
-                f"{tuple(betas.shape)} from {betas.min():.3g} to {betas.max():.3g}."
-            )
+            given = repr(trained_betas)
+            if betas.numel():
+                given = f"shape {tuple(betas.shape)} from {betas.min():.3g} to {betas.max():.3g}"
+            raise ValueError(f"`trained_betas` must hold `num_train_timesteps`={n} values in (0, 1), got {given}.")
         return betas
     if beta_schedule not in BETA_SCHEDULES:
         raise ValueError(f"`beta_schedule` must be one of {BETA_SCHEDULES}, got {beta_schedule!r}.")
     if beta_schedule == "squaredcos_cap_v2":
         return cosine_betas(n)
-    if not 0 < beta_start <= beta_end < 1:
+    if not (is_number(beta_start) and is_number(beta_end) and 0 < beta_start <= beta_end < 1):
         raise ValueError(
-            f"`beta_start` and `beta_end` must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and "
-            f"{beta_end}."
+            f"`beta_start` and `beta_end` must satisfy 0 < beta_start <= beta_end < 1, got {beta_start!r} and "
+            f"{beta_end!r}."
         )
     if beta_schedule == "linear":
         return torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
@@ -73,8 +81,8 @@ def check_has_betas(config: dict) -> None:
     why = None
     if "sigma_data" in config:
         why = (
-            f"its network is preconditioned with `sigma_data`={config['sigma_data']} (Karras et al. 2022) and sees "
-            "x / sqrt(sigma^2 + sigma_data^2) and log(sigma) / 4, not z_t and its index"
+            f"its network is preconditioned with `sigma_data`={config['sigma_data']} (Karras et al. 2022): give the "
+            "whole pipeline of an EDM scheduler to RCFDPipeline, which converts both"
         )
     elif config and "beta_schedule" not in config:
         why = "it has no betas"

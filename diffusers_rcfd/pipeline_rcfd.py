@@ -34,7 +34,7 @@ class RCFDPipeline(DiffusionPipeline):
         unet (`UNet2DModel`): the network, unconditional or class-conditional. Where the scheduler has several lists of
             `nodes`, one table of class embeddings holds all classes for the first list, all for the second, and so on.
         scheduler (`RCFDScheduler`): or any scheduler with betas (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), which is
-            turned into one.
+            turned into one; or EDM's, which is with its network.
 
     Raises:
         TypeError: for a network of another kind, such as the `UNet2DConditionModel` of a text-to-image pipeline.
@@ -49,6 +49,10 @@ class RCFDPipeline(DiffusionPipeline):
         if not isinstance(network, UNet2DModel):
             raise TypeError(f"`unet` must be a UNet2DModel, got {type(network).__name__}.")
         check_network(network.config)
+        if type(scheduler).__name__.startswith("EDM"):
+            from diffusers_rcfd.edm_teacher import from_edm
+
+            unet, scheduler = from_edm(network, scheduler.config)
         if not isinstance(scheduler, RCFDScheduler):
             scheduler = RCFDScheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -111,7 +115,7 @@ class RCFDPipeline(DiffusionPipeline):
             model_output = self.unet(z.to(dtype), t, class_labels, return_dict=False)[0]
             z = self.scheduler.step(model_output.float(), t, z, return_dict=False)[0]
 
-        return self._finish(z, output_type, return_dict)
+        return self._finish(z * self.scheduler.config.data_std, output_type, return_dict)  # z_0 is x0 / data_std
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where and in which number type the network computes; Diffusers' own answers take as long as a small network.

@@ -1,6 +1,7 @@
 """The diffusion process: step grid, DDIM step and the conversions between x0, eps and v."""
 
 import inspect
+import math
 
 import diffusers
 import torch
@@ -10,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 
-from diffusers_rcfd.noise_schedules import check_has_betas, schedule_betas, zero_terminal_snr
+from diffusers_rcfd.noise_schedules import check_has_betas, is_number, schedule_betas, zero_terminal_snr
 
 logger = logging.get_logger(__name__)
 
@@ -22,9 +23,9 @@ def x0_from_eps(eps, z_t, alpha, sigma):
     return (z_t - sigma * eps) / alpha
 
 
-def x0_from_v(v, z_t, alpha, sigma):
-    """x0 of the velocity v = alpha eps - sigma x0 (Salimans and Ho 2022, appendix D)."""
-    return alpha * z_t - sigma * v
+def x0_from_v(v, z_t, alpha, sigma, data_std=1.0):
+    """x0 of the velocity v = alpha eps - sigma x0 (Salimans and Ho 2022, appendix D), of x0 in units of `data_std`."""
+    return data_std * (data_std * alpha * z_t - sigma * v)
 
 
 def eps_from_x0(x0, z_t, alpha, sigma):
@@ -32,9 +33,9 @@ def eps_from_x0(x0, z_t, alpha, sigma):
     return (z_t - alpha * x0) / sigma
 
 
-def v_from_x0(x0, z_t, alpha, sigma):
-    """Velocity alpha eps - sigma x0 of a denoised image x0 at z_t."""
-    return (alpha * z_t - x0) / sigma
+def v_from_x0(x0, z_t, alpha, sigma, data_std=1.0):
+    """Velocity alpha eps - sigma x0 of a denoised image x0 at z_t, of x0 in units of `data_std`."""
+    return (data_std * alpha * z_t - x0 / data_std) / sigma
 
 
 def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
@@ -83,6 +84,8 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         sample_max_value (`float`, defaults to 1.0): its largest threshold, at least 1.
         rescale_betas_zero_snr (`bool`, defaults to `False`): move the schedule to zero terminal SNR; not possible
             with `epsilon`.
+        data_std (`float`, defaults to 1.0): the images that z_t and v are made of are divided by it, so that alpha_t
+            is sqrt(alphas_cumprod) / data_std; 0.5 for networks that come from EDM.
         num_inference_steps (`int`, *optional*): steps N that a student was distilled for, 1..n - 1; `None` for a
             base model, which takes any number. With `nodes`, the default among their counts; `None` is the largest.
         nodes (`list[list[int]]`, *optional*): for each number of evaluations, the indices that the sampler stands at,
@@ -111,6 +114,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
         rescale_betas_zero_snr: bool = False,
+        data_std: float = 1.0,
         num_inference_steps: int | None = None,
         nodes: list[list[int]] | None = None,
         analytical_first_step: bool = False,
@@ -122,22 +126,30 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`num_train_timesteps` must be an integer of at least 2, got {n!r}.")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+        flags = {"clip_sample": clip_sample, "thresholding": thresholding}
+        for name, value in (flags | {"rescale_betas_zero_snr": rescale_betas_zero_snr}).items():
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        if not is_number(clip_sample_range) or not 0 < clip_sample_range < math.inf:
+            raise ValueError(f"`clip_sample_range` must be a number above 0, got {clip_sample_range!r}.")
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
                 "`rescale_betas_zero_snr=True` leaves no image in z_T, which `prediction_type='epsilon'` must divide "
                 "by: use 'sample' or 'v_prediction'."
             )
 
-        if not 0 < dynamic_thresholding_ratio <= 1:
+        if not is_number(data_std) or not 0 < data_std < math.inf:
+            raise ValueError(f"`data_std` must be a number above 0, got {data_std!r}.")
+        if not is_number(dynamic_thresholding_ratio) or not 0 < dynamic_thresholding_ratio <= 1:
             raise ValueError(f"`dynamic_thresholding_ratio` must be in (0, 1], got {dynamic_thresholding_ratio!r}.")
-        if thresholding and sample_max_value < 1:
+        if not is_number(sample_max_value) or not 1 <= sample_max_value < math.inf:
             raise ValueError(f"`sample_max_value` must be at least 1, got {sample_max_value!r}.")
 
         # (n,), float64, before any rescaling
         self.betas = schedule_betas(n, beta_schedule, beta_start, beta_end, trained_betas)
         betas = zero_terminal_snr(self.betas) if rescale_betas_zero_snr else self.betas
         self.alphas_cumprod = (1 - betas).cumprod(0)  # (n,), float64
-        self.alpha = self.alphas_cumprod.sqrt()
+        self.alpha = self.alphas_cumprod.sqrt() / data_std
         self.sigma = (1 - self.alphas_cumprod).sqrt()
         self._nodes = self._check_nodes()
         self.init_noise_sigma = 1.0  # deviation of the noise that the first evaluated step starts from
@@ -177,8 +189,9 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             signature = inspect.signature(stock.__init__).parameters.values()
             config = {p.name: p.default for p in signature if p.default is not p.empty} | config
         check_has_betas(config)
-        if "_num_inference_steps" in config:
-            config["num_inference_steps"] = config.pop("_num_inference_steps")
+        for name in ("num_inference_steps", "data_std"):
+            if f"_{name}" in config:
+                config[name] = config.pop(f"_{name}")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_ddim(self) -> DDIMScheduler:
@@ -205,6 +218,12 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         )
         # The underscore keeps stock `from_pretrained` from warning of a key that it does not know.
         scheduler.register_to_config(_num_inference_steps=self.config.num_inference_steps)
+        if self.config.data_std != 1:
+            logger.warning(
+                f"Plain Diffusers knows no `data_std`={self.config.data_std}: its images will have the "
+                "wrong contrast. Load this model as an RCFDPipeline or with `custom_pipeline`."
+            )
+            scheduler.register_to_config(_data_std=self.config.data_std)
         return scheduler
 
     def to_dpm_solver(self) -> DPMSolverMultistepScheduler:
@@ -310,11 +329,11 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
     def _step_coefficients(self, t: int, s: int) -> tuple[float, float, float, float]:
         """(c_z, c_out, a, b) of x0 = c_z z_t + c_out network and z_s = a x0 + b z_t, as Python floats."""
-        alpha, sigma = self.alpha[t].item(), self.sigma[t].item()
+        alpha, sigma, data_std = self.alpha[t].item(), self.sigma[t].item(), self.config.data_std
         c_z, c_out = {
             "sample": (0.0, 1.0),
             "epsilon": (1 / max(alpha, 1e-300), -sigma / max(alpha, 1e-300)),
-            "v_prediction": (alpha, -sigma),
+            "v_prediction": (data_std**2 * alpha, -data_std * sigma),
         }[self.config.prediction_type]
         return c_z, c_out, *ddim_coefficients(alpha, sigma, self.alpha[s].item(), self.sigma[s].item())
 
@@ -414,15 +433,17 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """v = alpha_t eps - sigma_t x0: `sample` x0 and `noise` eps (B, C, H, W), `timesteps` (B,)."""
-        alpha, sigma = self.alpha_sigma(timesteps, sample)
-        return (alpha * noise - sigma * sample).to(sample.dtype)
+        (alpha, sigma), data_std = self.alpha_sigma(timesteps, sample), self.config.data_std
+        return (data_std * alpha * noise - sigma / data_std * sample).to(sample.dtype)
 
     def predict_x0(self, model_output: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x0 (unclipped) from what the network predicts, by `prediction_type`; (B, C, H, W), t (B,)."""
         if self.config.prediction_type == "sample":
             return model_output
-        from_prediction = {"epsilon": x0_from_eps, "v_prediction": x0_from_v}[self.config.prediction_type]
-        return from_prediction(model_output, z_t, *self.alpha_sigma(t, z_t))
+        alpha, sigma = self.alpha_sigma(t, z_t)
+        if self.config.prediction_type == "epsilon":
+            return x0_from_eps(model_output, z_t, alpha, sigma)
+        return x0_from_v(model_output, z_t, alpha, sigma, self.config.data_std)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

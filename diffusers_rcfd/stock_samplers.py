@@ -100,7 +100,7 @@ class StockSamplerPipeline(RCFDPipeline):
 
     def _first_with_signal(self) -> int:
         """The last entry with ln(alpha / sigma) >= -5.1: PNDM averages eps, which beyond it is amplified by 1000s."""
-        log_ratio = (self.scheduler.alpha / self.scheduler.sigma).log()
+        log_ratio = (self.scheduler.alphas_cumprod.sqrt() / self.scheduler.sigma).log()
         return int((log_ratio >= -5.1).nonzero().max())
 
     @torch.no_grad()
@@ -123,23 +123,23 @@ class StockSamplerPipeline(RCFDPipeline):
         x = self._initial_noise(batch_size, generator, latents, device) * stock.init_noise_sigma
         class_labels = self._check_class_labels(class_labels, len(x), device)
         for t in self.progress_bar(stock.timesteps):
+            index = int(t)
             z = stock.scale_model_input(x, t)
-            output = self.unet(z.to(dtype), t.to(device), class_labels, return_dict=False)[0].float()
-            alpha, sigma = self._noise_level(stock, t)
-            x0 = self.scheduler.clip(self._predicted_x0(output, z, alpha, sigma))
-            prediction = x0 if stock.config.prediction_type == "sample" else eps_from_x0(x0, z, alpha, sigma)
+            output = self.unet(z.to(dtype), torch.tensor(index, device=device), class_labels, return_dict=False)[0]
+            x0 = self._predicted_x0(output.float(), z, index)
+            prediction = x0
+            if stock.config.prediction_type == "epsilon":
+                prediction = eps_from_x0(x0, z, *self._unit_level(index))
             x = stock.step(prediction, t, x, return_dict=False)[0]
-        return self._finish(x, output_type, return_dict)
+        return self._finish(x * self.scheduler.config.data_std, output_type, return_dict)
 
-    def _noise_level(self, stock, t: torch.Tensor) -> tuple[float, float]:
-        """alpha and sigma at `t`; Euler and Heun stand between the entries of the schedule."""
-        if isinstance(stock, (EulerDiscreteScheduler, HeunDiscreteScheduler)):
-            ratio = stock.sigmas[stock.step_index].item()
-            alpha = (1 + ratio**2) ** -0.5
-            return alpha, ratio * alpha
-        return self.scheduler.alpha[int(t)].item(), self.scheduler.sigma[int(t)].item()
-
-    def _predicted_x0(self, output, z, alpha, sigma) -> torch.Tensor:
-        predicts = self.scheduler.config.prediction_type
+    def _predicted_x0(self, output: torch.Tensor, z: torch.Tensor, index: int) -> torch.Tensor:
+        """The clipped x0, in units of `data_std`, as the stock scheduler's alpha^2 + sigma^2 = 1 wants it."""
+        predicts, data_std = self.scheduler.config.prediction_type, self.scheduler.config.data_std
         convert = {"epsilon": x0_from_eps, "v_prediction": x0_from_v}.get(predicts)
-        return output if convert is None else convert(output, z, alpha, sigma)
+        x0 = output / data_std if convert is None else convert(output, z, *self._unit_level(index))
+        return self.scheduler.clip(x0 * data_std) / data_std
+
+    def _unit_level(self, index: int) -> tuple[float, float]:
+        """alpha and sigma of an entry of the schedule, with alpha^2 + sigma^2 = 1."""
+        return self.scheduler.alphas_cumprod[index].sqrt().item(), self.scheduler.sigma[index].item()

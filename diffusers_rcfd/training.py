@@ -27,6 +27,7 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
@@ -154,7 +155,7 @@ class Trainer:
             FileNotFoundError: if `resume_from_checkpoint` names no checkpoint.
             FloatingPointError: if loss or gradient were not finite for `max_skipped_steps` in a row.
             RuntimeError: if the data set fails; a checkpoint is saved first.
-            OSError: if a checkpoint cannot be written; those before it are whole.
+            OSError: if a checkpoint or a result cannot be written; the checkpoints before are whole.
             SystemExit: with 128 + 15 or 128 + 2, after SIGTERM or SIGINT; a checkpoint is saved first.
         """
         checkpoint = self.checkpoint = open_output_dir(self.accelerator, self.config, self.made_by())
@@ -407,7 +408,12 @@ class Trainer:
         self.choose_weights(stage)
         self.state.seconds = self._seconds()
         if self.accelerator.is_main_process:
-            self.finish_stage(stage)
+            try:
+                self.finish_stage(stage)
+            except (OSError, SafetensorError) as error:  # a full disk
+                raise OSError(
+                    f"{stage.name} could not be saved in {self.output_dir}; its checkpoints are whole: {error}"
+                ) from error
             if self.config.push_to_hub and self.config.hub_strategy != "end":
                 self.push_to_hub()
         self.accelerator.wait_for_everyone()

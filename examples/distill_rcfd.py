@@ -11,10 +11,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffusers_rcfd.cfd_config import PER_RUNG, CFDDistillationConfig
 from diffusers_rcfd.command_line import parse_options
 from diffusers_rcfd.configs import (
-    PER_RUNG,
-    CFDDistillationConfig,
     ClassifierConfig,
     DataConfig,
     DiffusionConfig,

@@ -158,8 +158,8 @@ def test_resume_inside_a_rung_is_bit_identical(tmp_path, digits, classifier, sto
     resumed = trainer(tmp_path / "resumed", digits, classifier=classifier, resume_from_checkpoint="latest")
     resumed.train()
     for rung in ("2-step", "1-step"):
-        name = f"{rung}/unet/diffusion_pytorch_model.safetensors"
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+        for name in (f"{rung}/unet/diffusion_pytorch_model.safetensors", f"{rung}/unet/config.json"):
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "resumed/metrics.jsonl").read_bytes()
 
 

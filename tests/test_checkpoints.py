@@ -157,3 +157,19 @@ def test_full_disk_is_an_error_and_the_checkpoint_before_goes_on(tmp_path, digit
     assert not list((tmp_path / "run").glob("partial-*"))
     resumed = base(tmp_path / "run", digits, resume_from_checkpoint="latest").train()
     assert torch.equal(parameters(resumed.unet), parameters(base(tmp_path / "whole", digits).train().unet))
+
+
+def test_full_disk_in_the_save_of_the_result_is_an_error_and_the_run_goes_on(tmp_path, digits):
+    run = base(tmp_path / "run", digits)
+    finish_stage = run.finish_stage
+
+    def finish_while_the_disk_fills(stage):
+        with largest_file(20_000):
+            finish_stage(stage)
+
+    run.finish_stage = finish_while_the_disk_fills
+    with pytest.raises(OSError, match="base could not be saved in .*run; its checkpoints are whole: .*too large"):
+        run.train()
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+    resumed = base(tmp_path / "run", digits, resume_from_checkpoint="latest").train()
+    assert torch.equal(parameters(resumed.unet), parameters(base(tmp_path / "whole", digits).train().unet))

@@ -2,8 +2,9 @@ import re
 
 import pytest
 
+from diffusers_rcfd.cfd_config import CFDDistillationConfig
 from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import CFDDistillationConfig, DataConfig, DiffusionConfig
+from diffusers_rcfd.configs import DataConfig, DiffusionConfig
 
 
 def parse(*args, recipes=None, default_recipe=None):

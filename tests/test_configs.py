@@ -1,6 +1,9 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from diffusers_rcfd import CFDDistillationConfig, ClassifierConfig, DataConfig, DiffusionConfig
+from tests.invalid_options import all_fields, fault_of_error, invalid_value
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,15 @@ def test_bad_distillation_options(options, message):
 def test_bad_options_of_the_others(config, options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+@pytest.mark.parametrize("cls, field", all_fields(), ids=lambda value: getattr(value, "__name__", value))
+@settings(max_examples=25)
+@given(data=st.data())
+def test_no_field_takes_an_invalid_value(cls, field, data):
+    """Of every config and the scheduler; the error is a `ValueError` or `TypeError` that names the field."""
+    value = data.draw(invalid_value(cls, field))
+    assert fault_of_error(cls, field, value) is None
 
 
 def test_presets_of_appendix_c4():

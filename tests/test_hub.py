@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from diffusers import DiffusionPipeline, EDMEulerScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
@@ -499,9 +499,9 @@ def latent(files):
     return {**files, "model_index.json": json.dumps(index).encode()}
 
 
-def edm(files):
-    index = json.loads(files["model_index.json"]) | {"scheduler": ["diffusers", "EDMEulerScheduler"]}
-    config = EDMEulerScheduler().to_json_string()
+def flow(files):
+    index = json.loads(files["model_index.json"]) | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    config = FlowMatchEulerDiscreteScheduler().to_json_string()
     changed = {"model_index.json": json.dumps(index).encode(), "scheduler/scheduler_config.json": config.encode()}
     return {**files, **changed}
 
@@ -526,7 +526,7 @@ BAD_MODELS = {
     "text-to-image": (text_to_image, "TypeError: `unet` must be a UNet2DModel, got UNet2DConditionModel"),
     "transformer": (without_unet, "ValueError: .*RCFDPipeline.*expected .*unet.* but only"),
     "latent": (latent, "ValueError: .*must be a pipeline of a unet and a scheduler.*LDMPipeline and has also: vqvae"),
-    "edm": (edm, "ValueError: `scheduler` must have betas.*EDMEulerScheduler cannot be converted.*sigma_data"),
+    "flow": (flow, "ValueError: `scheduler` must have betas.*FlowMatchEulerDiscreteScheduler cannot be converted"),
     "no-index": (without("model_index.json"), "model_index.json"),
 }
 

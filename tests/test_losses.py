@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusers_rcfd import RCFDScheduler, losses
 from tests.toys import golden, toy_teacher
@@ -131,3 +133,24 @@ def test_closed_form_spatial_losses():
     scale = torch.rand(3, 1, 4, 4) + 0.5
     maps = torch.randn(3, 7, 4, 4)
     torch.testing.assert_close(losses.spatial_l1(scale * maps, maps), torch.zeros(3), rtol=0, atol=1e-5)
+
+
+@given(t=st.integers(0, 1024), weighting=st.sampled_from(["both", "x", "eps"]), seed=st.integers(0, 2**32))
+def test_student_equal_to_its_target_has_no_image_loss_and_no_gradient(t, weighting, seed):
+    scheduler = RCFDScheduler(num_inference_steps=1)
+    target = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    student = target.clone().requires_grad_()
+    loss = losses.x0_loss(student, target, *scheduler.alpha_sigma(torch.full((3,), t), target), weighting)
+    loss.sum().backward()
+    assert loss.tolist() == [0] * 3 and student.grad.abs().max() == 0
+
+
+@given(tau=st.floats(0.05, 10), scale=st.floats(0, 100), dimensions=st.integers(1, 64), seed=st.integers(0, 2**32))
+def test_student_equal_to_its_teacher_has_no_feature_loss_and_no_gradient(tau, scale, dimensions, seed):
+    """CFD where tau = 1, and the dual temperature at any tau; sums of probabilities are 1 to float32."""
+    teacher = scale * torch.randn(3, dimensions, generator=torch.Generator().manual_seed(seed))
+    for loss_of, temperature in ((losses.feature_kl, 1.0), (losses.dual_temperature_kl, tau)):
+        student = teacher.clone().requires_grad_()
+        loss = loss_of(student, teacher, temperature)
+        loss.sum().backward()
+        assert loss.tolist() == [0] * 3 and student.grad.abs().max() <= 1e-6 * max(1, temperature)

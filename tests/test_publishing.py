@@ -21,7 +21,7 @@ from diffusers_rcfd import (
     RCFDScheduler,
     load_image_data,
 )
-from diffusers_rcfd.configs import Rung
+from diffusers_rcfd.cfd_config import Rung
 from diffusers_rcfd.hub import open_repository
 from diffusers_rcfd.model_card import BEGIN, END, RunDescription, create_model_card, write_model_card
 from tests.fake_hub import ClientError, ClientProcess, FakeHub

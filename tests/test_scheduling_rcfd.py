@@ -14,9 +14,19 @@ from diffusers import (
     PNDMScheduler,
     ScoreSdeVeScheduler,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusers_rcfd import RCFDScheduler
-from diffusers_rcfd.scheduling_rcfd import eps_from_x0, v_from_x0, x0_from_eps, x0_from_v
+from diffusers_rcfd.noise_schedules import BETA_SCHEDULES
+from diffusers_rcfd.scheduling_rcfd import (
+    PREDICTION_TYPES,
+    ddim_coefficients,
+    eps_from_x0,
+    v_from_x0,
+    x0_from_eps,
+    x0_from_v,
+)
 from tests.toys import golden, toy_teacher
 
 
@@ -84,6 +94,51 @@ def test_grids_nest_and_end_at_zero():
             assert grid == scheduler.grid(2 * N)[::2]
 
 
+@given(n=st.integers(3, 5000), data=st.data())
+def test_grids_nest_for_every_schedule_length(n, data):
+    N = data.draw(st.integers(1, (n - 1) // 2))
+    scheduler = RCFDScheduler(num_train_timesteps=n, num_inference_steps=1)
+    grid = scheduler.grid(N)
+    assert grid == scheduler.grid(2 * N)[::2]
+    assert grid[0] == 0 and grid[-1] == n - 1 and all(s < t for s, t in zip(grid, grid[1:], strict=False))
+
+
+PIXELS = st.floats(-1, 1, width=32)
+NOISE = st.floats(-5, 5, width=32)
+
+
+@given(N=st.integers(1, 1024), prediction_type=st.sampled_from(PREDICTION_TYPES), x0=PIXELS, eps=NOISE, data=st.data())
+def test_step_and_its_inversion_give_back_where_they_began(N, prediction_type, x0, eps, data):
+    scheduler = RCFDScheduler(prediction_type=prediction_type, num_inference_steps=N, clip_sample=False)
+    k = data.draw(st.integers(1, N))
+    s, t = scheduler.grid(N)[k - 1 : k + 1]
+    x0, eps = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (x0, eps))
+    z_t, v = scheduler.add_noise(x0, eps, torch.tensor([t])), scheduler.get_velocity(x0, eps, torch.tensor([t]))
+    step = scheduler.step({"sample": x0, "epsilon": eps, "v_prediction": v}[prediction_type], t, z_t)
+    a, b = ddim_coefficients(scheduler.alpha[s], scheduler.sigma[s], scheduler.alpha[t], scheduler.sigma[t])
+    torch.testing.assert_close(a * step.pred_original_sample + b * step.prev_sample, z_t, rtol=0, atol=1e-9)
+
+
+@given(x0=PIXELS, eps=NOISE, beta_schedule=st.sampled_from(BETA_SCHEDULES))
+def test_conversions_round_trip_in_float32_over_the_whole_grid(x0, eps, beta_schedule):
+    """To 1e-4. Where alpha is below 0.01 (the cosine's t from 1018 on), z_t in float32 hardly holds x0, and what comes
+    from dividing by alpha is held to 1e-4 of 0.01 / alpha, up to 2 % at the last t."""
+    scheduler, t = RCFDScheduler(beta_schedule=beta_schedule, num_inference_steps=1), torch.arange(1025)
+    x0, eps = torch.full((1025, 1), x0), torch.full((1025, 1), eps)
+    alpha, sigma = scheduler.alpha_sigma(t, x0)
+    z, v = scheduler.add_noise(x0, eps, t), scheduler.get_velocity(x0, eps, t)
+    assert z.dtype == v.dtype == torch.float32
+    back = [
+        (x0_from_v(v_from_x0(x0, z, alpha, sigma), z, alpha, sigma), x0, 1),
+        (v_from_x0(x0_from_v(v, z, alpha, sigma), z, alpha, sigma), v, 1),
+        (eps_from_x0(x0_from_eps(eps, z, alpha, sigma), z, alpha, sigma), eps, 1),
+        (eps_from_x0(x0_from_v(v, z, alpha, sigma), z, alpha, sigma), eps, 1),
+        (x0_from_eps(eps_from_x0(x0, z, alpha, sigma), z, alpha, sigma), x0, (alpha / 0.01).clamp(max=1)),
+    ]
+    for value, expected, scale in back:
+        assert ((value - expected).abs() * scale).max() <= 1e-4
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -121,7 +176,7 @@ def test_what_an_old_config_leaves_out_is_its_class_default():
 @pytest.mark.parametrize(
     "stock, message",
     [
-        (EDMEulerScheduler(), "EDMEulerScheduler cannot be converted.*`sigma_data`=0.5.*not z_t and its index"),
+        (EDMEulerScheduler(), "EDMEulerScheduler cannot be converted.*`sigma_data`=0.5.*whole pipeline"),
         (CMStochasticIterativeScheduler(), "`sigma_data`=0.5"),
         (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler cannot be converted, it has no betas"),
         (ScoreSdeVeScheduler(), "ScoreSdeVeScheduler cannot be converted, it has no betas"),
