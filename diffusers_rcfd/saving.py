@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+PREFIX = "partial-save-"
+
 
 @contextmanager
 def saved_whole(folder: Path) -> Iterator[Path]:
@@ -23,7 +25,9 @@ def saved_whole(folder: Path) -> Iterator[Path]:
     partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder))  # on the same disk, so that moving is renaming
+        for left in folder.glob(f"{PREFIX}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # on the same disk, so that moving is renaming
         yield partial
         for path in sorted(path for path in partial.rglob("*") if path.is_file()):
             target = folder / path.relative_to(partial)

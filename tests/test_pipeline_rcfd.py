@@ -223,6 +223,7 @@ def test_only_safetensors_are_written(pipe, tmp_path):
 def test_saving_again_replaces_what_was_there_and_keeps_the_rest(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "partial-save-killed/unet").mkdir(parents=True)  # left by a process that was killed in a save
     other = RCFDPipeline(pipe.unet, RCFDScheduler(num_inference_steps=2))
     other.save_pretrained(tmp_path, variant="second")
     assert RCFDPipeline.from_pretrained(tmp_path).scheduler.config.num_inference_steps == 2
