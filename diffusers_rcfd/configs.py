@@ -304,8 +304,10 @@ class FeatureLossConfig(GeneratorConfig):
         require(is_number(self.cfd_weight) and self.cfd_weight >= 0, "cfd_weight", self.cfd_weight, "at least 0")
         require(self.distribution in DISTRIBUTIONS, "distribution", self.distribution, f"one of {DISTRIBUTIONS}")
         require(self.spatial_loss in ("l1", "kl"), "spatial_loss", self.spatial_loss, "'l1' or 'kl'")
-        for stage in self.feature_stages or ():
-            require(isinstance(stage, int), "feature_stages", stage, "integers")
+        stages = self.feature_stages
+        listed = isinstance(stages, (list, tuple)) and len(stages) > 0
+        integers = listed and all(isinstance(stage, int) and not isinstance(stage, bool) for stage in stages)
+        require(stages is None or integers, "feature_stages", stages, "integers, one or more")
         spatial = self.distribution == "spatial"
         require(not (spatial and self.dual_temperature), "dual_temperature", True, "False with 'spatial'")
 

@@ -71,6 +71,34 @@ def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
+def nodes_by_count(
+    nodes: list[list[int]] | None, analytical_first_step: bool, num_train_timesteps: int
+) -> dict[int, list[int]]:
+    """Lists of nodes by their numbers of network evaluations; arguments as in `RCFDScheduler`.
+
+    Raises:
+        ValueError: for lists that do not fall in 0..num_train_timesteps - 1, or two of one length.
+    """
+    if not isinstance(analytical_first_step, bool):
+        raise ValueError(f"`analytical_first_step` must be True or False, got {analytical_first_step!r}.")
+    n, free, by_count = num_train_timesteps, int(analytical_first_step), {}
+    if nodes is not None and not (isinstance(nodes, (list, tuple)) and len(nodes) > 0):
+        raise ValueError(f"`nodes` must be lists of indices, one or more, got {nodes!r}.")
+    for indices in nodes or ():
+        listed = isinstance(indices, (list, tuple)) and all(type(index) is int for index in indices)
+        falling = listed and all(high > low for high, low in zip(indices, indices[1:], strict=False))
+        if not falling or len(indices) < 2 + free or not 0 <= indices[-1] < indices[0] < n:
+            raise ValueError(
+                f"`nodes` must be lists of {2 + free} or more indices in 0..{n - 1} that fall, got {indices!r}."
+            )
+        by_count[len(indices) - 1 - free] = list(indices)
+    if len(by_count) != len(nodes or ()):
+        raise ValueError(f"`nodes` must have a length of its own in each list, got {nodes!r}.")
+    if free and not by_count:
+        raise ValueError("`analytical_first_step` must be False without `nodes`, got True.")
+    return by_count
+
+
 def check_has_betas(config: dict) -> None:
     """Raise a `ValueError` if a scheduler config is of a network that no schedule of betas describes.
 

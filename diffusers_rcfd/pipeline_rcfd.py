@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import re
 import tempfile
 from pathlib import Path
 
@@ -349,4 +350,4 @@ def pipeline_source() -> str:
     parts = (saved_whole, schedule_betas, RCFDScheduler, RCFDPipeline)
     files = dict.fromkeys(inspect.getsourcefile(inspect.unwrap(part)) for part in parts)
     source = "\n\n".join(Path(file).read_text(encoding="utf-8") for file in files)
-    return "".join(line for line in source.splitlines(True) if not line.startswith("from diffusers_rcfd"))
+    return re.sub(r"^from diffusers_rcfd\S* import (\([^)]*\)|.*)\n", "", source, flags=re.MULTILINE)

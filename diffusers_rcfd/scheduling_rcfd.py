@@ -11,7 +11,13 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 
-from diffusers_rcfd.noise_schedules import check_has_betas, is_number, schedule_betas, zero_terminal_snr
+from diffusers_rcfd.noise_schedules import (
+    check_has_betas,
+    is_number,
+    nodes_by_count,
+    schedule_betas,
+    zero_terminal_snr,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -151,26 +157,10 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = (1 - betas).cumprod(0)  # (n,), float64
         self.alpha = self.alphas_cumprod.sqrt() / data_std
         self.sigma = (1 - self.alphas_cumprod).sqrt()
-        self._nodes = self._check_nodes()
+        self._nodes = nodes_by_count(nodes, analytical_first_step, n)
         self.init_noise_sigma = 1.0  # deviation of the noise that the first evaluated step starts from
         self._device_tables = {}  # copies of (n, 2) and (N + 1, 2) tables where they were asked for
         self.set_timesteps()
-
-    def _check_nodes(self) -> dict[int, list[int]]:
-        """The lists of `nodes` by their numbers of network evaluations."""
-        n, free = self.config.num_train_timesteps, int(self.config.analytical_first_step)
-        for nodes in self.config.nodes or []:
-            falling = len(nodes) >= 2 + free and all(high > low for high, low in zip(nodes, nodes[1:], strict=False))
-            if not falling or not 0 <= nodes[-1] < nodes[0] < n:
-                raise ValueError(
-                    f"`nodes` must be lists of {2 + free} or more indices in 0..{n - 1} that fall, got {nodes!r}."
-                )
-        by_count = {len(nodes) - 1 - free: list(nodes) for nodes in self.config.nodes or []}
-        if len(by_count) != len(self.config.nodes or []):
-            raise ValueError(f"`nodes` must have a length of its own in each list, got {self.config.nodes!r}.")
-        if free and not by_count:
-            raise ValueError("`analytical_first_step` must be False without `nodes`, got True.")
-        return by_count
 
     @classmethod
     def from_config(cls, config, return_unused_kwargs=False, **kwargs):
