@@ -31,7 +31,7 @@ from tests.invalid_options import all_fields, fault_of_error, invalid_value
             r"`distribution` must be one of \('features', 'predictions', 'spatial'\), got 'pixels'",
         ),
         ({"spatial_loss": "l2"}, "`spatial_loss` must be 'l1' or 'kl', got 'l2'"),
-        ({"feature_stages": [0.5]}, "`feature_stages` must be integers, one or more, got \[0.5\]"),
+        ({"feature_stages": [0.5]}, r"`feature_stages` must be integers, one or more, got \[0.5\]"),
         ({"distribution": "spatial", "dual_temperature": True}, "`dual_temperature` must be False with 'spatial'"),
         ({"loss_weighting": "snr"}, "`loss_weighting` must be one of"),
         ({"cfd_weight": -1}, "`cfd_weight` must be at least 0, got -1"),
