@@ -32,6 +32,7 @@ from tests import invalid_options  # noqa: E402
 
 TRAINERS, DATA, PROCESSES = ("base", "classifier", "ladder"), ("shuffled", "streamed"), (1, 2)
 JOBS = [(trainer, processes, data) for data in DATA for processes in PROCESSES for trainer in TRAINERS]
+JOBS += [("sfd", processes, "none") for processes in PROCESSES]
 SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("in a step",) * 4 + ("in a checkpoint",) * 4 + ("at the end of a stage",) * 2 + ("at the start",)
 
@@ -309,11 +310,12 @@ Written by `python benchmarks/faults.py --kills {args.kills} --bad_inputs {args.
 
 ## Kills
 
-{len(kills)} kills of {len({r["run"] for r in kills})} runs of {STEPS} steps: a base model, a classifier and a ladder
-of three students (pd, cfd, rcfd, two accumulated batches a step), all with a moving average, a cosine schedule with
-warm-up, sample grids, a line of metrics every 3 steps and a checkpoint every 4, two kept. A run is killed up to four
-times, wherever it is, and resumed with `resume_from_checkpoint="latest"` until it ends; of two processes one is hit or
-both. The moment is drawn at random within its kind.
+{len(kills)} kills of {len({r["run"] for r in kills})} runs of {STEPS} steps: a base model, a classifier, a ladder of
+three students (pd, cfd, rcfd) and a student by SFD of two step counts, which needs no data (both with two accumulated
+batches a step), all with a moving average, a cosine schedule with warm-up, sample grids, a line of metrics every 3
+steps and a checkpoint every 4, two kept. A run is killed up to four times, wherever it is, and resumed with
+`resume_from_checkpoint="latest"` until it ends; of two processes one is hit or both. The moment is drawn at random
+within its kind.
 
 *Resumed*: the next start went on. *Bit-identical*: in the end every file that the run left (weights, configs, metrics,
 sample images) is that of a run never stopped, none is more, and as many whole checkpoints are there. *Nothing

@@ -47,7 +47,7 @@ def require_count(name: str, value: int, least: int) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, which a bool is not."""
+    """Whether a value is a number that can be compared, which a bool and NaN are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 

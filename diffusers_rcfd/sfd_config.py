@@ -1,9 +1,16 @@
 """The options of SFD, checked where they enter. Free of torch, as `configs`."""
 
-import math
 from dataclasses import dataclass
 
-from diffusers_rcfd.configs import LR_SCHEDULERS, FeatureLossConfig, option, require, require_count
+from diffusers_rcfd.configs import (
+    LR_SCHEDULERS,
+    FeatureLossConfig,
+    is_count,
+    is_number,
+    option,
+    require,
+    require_count,
+)
 
 SFD_OBJECTIVES = ("l1", "cfd", "rcfd")
 TEACHER_SOLVERS = ("dpm-solver++", "euler", "heun")
@@ -60,23 +67,25 @@ class SFDDistillationConfig(FeatureLossConfig):
             self.student_steps = [self.student_steps]
         super().__post_init__()
         steps = self.student_steps = list(self.student_steps)
-        require(len(steps) > 0 and len(set(steps)) == len(steps), "student_steps", steps, "one or more, all different")
-        for N in steps:
-            require_count("student_steps", N, 1)
+        counts = len(steps) > 0 and all(is_count(N, 1) for N in steps)
+        different = counts and len(set(steps)) == len(steps)
+        require(different, "student_steps", steps, "positive integers, one or more, all different")
         require_count("teacher_steps", self.teacher_steps, 1)
         require(
             self.teacher_solver in TEACHER_SOLVERS, "teacher_solver", self.teacher_solver, f"one of {TEACHER_SOLVERS}"
         )
-        require(self.solver_order in (1, 2, 3), "solver_order", self.solver_order, "1, 2 or 3")
+        order = self.solver_order
+        require(is_count(order, 1) and order <= 3, "solver_order", order, "1, 2 or 3")
         require(self.objective in SFD_OBJECTIVES, "objective", self.objective, f"one of {SFD_OBJECTIVES}")
         for name in ("sigma_max", "sigma_min", "rho"):
             value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "above 0 and finite")
+            require(is_number(value) and value > 0, name, value, "a number above 0")
         require(self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, f"below sigma_max={self.sigma_max}")
         for name in ("l1_weight", "regularization_weight", "perceptual_weight"):
             value = getattr(self, name)
-            require(0 <= value < math.inf, name, value, "a number of at least 0")
-        require(0 <= self.entropy_ratio <= 1, "entropy_ratio", self.entropy_ratio, "in [0, 1]")
+            require(is_number(value) and value >= 0, name, value, "a number of at least 0")
+        gamma = self.entropy_ratio
+        require(is_number(gamma) and 0 <= gamma <= 1, "entropy_ratio", gamma, "in [0, 1]")
         self.check_temperature(self.temperature)
         if self.objective == "l1":
             require(self.l1_weight == 0, "l1_weight", self.l1_weight, "0 for objective 'l1', which is nothing else")
@@ -88,8 +97,10 @@ class SFDDistillationConfig(FeatureLossConfig):
     def _take_nodes(self) -> None:
         """Check `nodes` and set the step count that follows from them."""
         nodes, least = self.nodes, 2 + self.analytical_first_step
-        falling = all(high > low for high, low in zip(nodes, nodes[1:], strict=False))
-        require(len(nodes) >= least and falling and nodes[-1] > 0, "nodes", nodes, f"{least} or more falling levels")
+        listed = isinstance(nodes, (list, tuple)) and all(is_number(level) for level in nodes)
+        falling = listed and all(high > low for high, low in zip(nodes, nodes[1:], strict=False))
+        enough = falling and len(nodes) >= least and nodes[-1] > 0
+        require(enough, "nodes", nodes, f"{least} or more falling levels above 0")
         require(len(self.student_steps) == 1, "student_steps", self.student_steps, "one number with `nodes`")
         self.student_steps = [len(nodes) - least + 1]
 

@@ -23,6 +23,7 @@ from diffusers_rcfd.configs import (
 )
 from diffusers_rcfd.noise_schedules import BETA_SCHEDULES
 from diffusers_rcfd.scheduling_rcfd import PREDICTION_TYPES
+from diffusers_rcfd.sfd_config import SFD_OBJECTIVES, TEACHER_SOLVERS, SFDDistillationConfig
 
 WORDS = st.text(max_size=8)
 THINGS = st.dictionaries(WORDS, st.integers(), max_size=1) | st.binary(max_size=4)
@@ -75,6 +76,23 @@ CHOICES = {
     "hub_strategy": HUB_STRATEGIES, "loss_weighting": WEIGHTINGS, "best_metric": METRICS,
     "distribution": ("features", "predictions"), "prediction_type": PREDICTION_TYPES, "beta_schedule": BETA_SCHEDULES,
 }  # fmt: skip
+OF_SFD = {  # whose options are of one model, not of a rung each
+    "student_steps": never_none(lists_with(not_an_integer_from(1)) | st.just([]) | st.just([2, 3, 2])),
+    "temperature": never_none(not_a_number(lambda x: 0 < x <= 1)),
+    "regularization_weight": never_none(not_a_number(lambda x: x >= 0)),
+    "entropy_ratio": never_none(not_a_number(lambda x: 0 <= x <= 1)),
+    "perceptual_weight": never_none(not_a_number(lambda x: x >= 0)),
+    "l1_weight": never_none(not_a_number(lambda x: x == 0)),  # of objective l1
+    "sigma_max": never_none(not_a_number(lambda x: x > 0.006)),
+    "sigma_min": never_none(not_a_number(lambda x: 0 < x < 80)),
+    "rho": never_none(not_a_number(lambda x: x > 0)),
+    "solver_order": not_an_integer_from(1) | st.integers(4),
+    "teacher_steps": never_none(not_an_integer_from(1)),
+    "objective": never_none(none_of(SFD_OBJECTIVES)),
+    "teacher_solver": never_none(none_of(TEACHER_SOLVERS)),
+    "nodes": st.lists(st.floats(0.01, 90), max_size=4).filter(lambda x: len(x) < 3 or sorted(set(x))[::-1] != x)
+    | lists_with(not_a_number(lambda x: False)) | WORDS | st.floats() | THINGS,
+}  # fmt: skip
 OTHERS = {
     "channels": not_an_integer_from(1) | st.integers(4),
     "resolution": not_an_integer_from(1),
@@ -95,7 +113,15 @@ OTHERS = {
     "load_best_model_at_end": NOT_TRUE_OR_FALSE | st.just(True),
 }  # fmt: skip
 
-CLASSES = (DataConfig, EvaluationConfig, DiffusionConfig, ClassifierConfig, CFDDistillationConfig, RCFDScheduler)
+CLASSES = (
+    DataConfig,
+    EvaluationConfig,
+    DiffusionConfig,
+    ClassifierConfig,
+    CFDDistillationConfig,
+    SFDDistillationConfig,
+    RCFDScheduler,
+)
 
 
 def _falls(steps):
@@ -117,6 +143,8 @@ def all_fields():
 def invalid_value(cls, field):
     """Strategy of values that a field must refuse."""
     kind = fields_of(cls)[field]
+    if cls is SFDDistillationConfig and field in OF_SFD:
+        return OF_SFD[field]
     if field == "max_train_steps" and cls is CFDDistillationConfig:
         return lists_with(not_an_integer_from(1)) | st.just([5, 5])
     if field in COUNTS_FROM:
