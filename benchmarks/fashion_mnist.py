@@ -90,7 +90,8 @@ def report(args, rows):
     accuracies = ", ".join(f"{name} {accuracy(args.runs / folder):.1%}" for name, folder in
                            (CLASSIFIERS | {"evaluator (test_resnet)": "evaluator"}).items())  # fmt: skip
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "timm"))
-    notes = (ROOT / "benchmarks/fashion_mnist.md").read_text(encoding="utf-8").partition("\n## What was")
+    path = ROOT / "benchmarks/fashion_mnist.md"  # what is written by hand at its end stays
+    notes = (path.read_text(encoding="utf-8") if path.is_file() else "").partition("\n## What was")
     lines, gained = "\n".join(table), "\n".join(gains)
     return f"""# Fashion-MNIST, 32x32: the paper's Table 1
 
@@ -100,12 +101,13 @@ Written on {date.today()} by
 
 on {os.cpu_count()} shared CPU cores, bf16, one seed (0). {packages}.
 
-A U-Net of {base_parameters(args.runs):.1f} M parameters predicts x0; the base model is trained for 6000 steps of 64 images (6.4 passes over the
-60 000). The ladder goes from 64-step DDIM to 16 and 8 steps by PD, 300 iterations each; from the 8-step student on by
+A U-Net of {base_parameters(args.runs):.1f} M parameters predicts x0; the base model is trained for 6000 steps of 64
+images (6.4 passes over the 60 000). The ladder goes from 64-step DDIM to 16 and 8 steps by PD, 300 iterations each; from the 8-step student on by
 PD and by RCFD with either classifier, 300, 400 and 400 iterations of 64 images at 4, 2 and 1 steps, the same for all.
 
 FD: Frechet distance in the features of the evaluator ({first["extractor"]}), which no loss has seen, of
-{first["num_images"]} generated images against the {first["num_reference_images"]} of {first["reference"]}; **not FID**. IS: inception-style score on its predictions.
+{first["num_images"]} generated images against the {first["num_reference_images"]} of {first["reference"]};
+**not FID**. IS: inception-style score on its predictions.
 Accuracy on held-out images: {accuracies}.
 
 {lines}

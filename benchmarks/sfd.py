@@ -1,0 +1,260 @@
+"""Distance against the cost of distillation, for ladders and for SFD with its variants: `benchmarks/sfd.md`.
+
+    python benchmarks/sfd.py --seeds 0 1 2                            # digits, on the runs of benchmarks/digits.py
+    python benchmarks/sfd.py --data fashion-mnist --data_dir FOLDER   # on those of benchmarks/fashion_mnist.py
+
+Every run is measured by the same evaluator, which no loss sees; a row that is in rows.json is not run again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from diffusers_rcfd import (
+    CFDDistillationConfig,
+    CFDDistillationTrainer,
+    Evaluator,
+    RCFDPipeline,
+    SFDDistillationConfig,
+    SFDDistillationTrainer,
+    load_feature_classifier,
+    load_image_data,
+)
+
+ROOT = Path(__file__).parent.parent
+SHARED = {"train_batch_size": 64, "learning_rate": 5e-4, "checkpointing_steps": 0, "logging_steps": 1000}
+EVALUATIONS = (4, 2, 1)
+BACKWARD = 2  # a backward pass counts as two forward ones
+
+
+@dataclass
+class Ladder:
+    """A ladder of rungs: student steps, teacher steps and iterations of each."""
+
+    student_steps: list[int]
+    teacher_steps: list[int]
+    iterations: list[int]
+    options: dict = field(default_factory=dict)
+
+    def run(self, scale, bench, seed, folder):
+        """(network evaluations, cost in forward equivalents, pipeline) of each rung that is measured."""
+        iterations = [max(1, round(scale * number)) for number in self.iterations]
+        options = SHARED | bench.options | self.options | {"seed": seed, "max_train_steps": iterations}
+        config = CFDDistillationConfig(
+            folder, student_steps=self.student_steps, teacher_steps=self.teacher_steps, **options
+        )
+        CFDDistillationTrainer(bench.base(seed), bench.classifier(seed), config, bench.images).train()
+        cost = 0
+        for N, K, number in zip(self.student_steps, self.teacher_steps, iterations, strict=True):
+            cost += number * (K + 1 + BACKWARD)
+            if N in EVALUATIONS:
+                yield N, cost, RCFDPipeline.from_pretrained(f"{folder}/{N}-step")
+
+
+@dataclass
+class Trajectories:
+    """A student of SFD, of one step count or several."""
+
+    student_steps: list[int]
+    batches: int
+    options: dict = field(default_factory=dict)
+
+    def run(self, scale, bench, seed, folder):
+        """As `Ladder.run`."""
+        batches = max(1, round(scale * self.batches))
+        options = {"ema_decay": 0.98} | SHARED | bench.options | self.options | {"seed": seed}
+        config = SFDDistillationConfig(folder, student_steps=self.student_steps, max_train_steps=batches, **options)
+        trainer = SFDDistillationTrainer(bench.base(seed), bench.classifier(seed), config)
+        student = trainer.train()
+        teacher = [len(route.teacher) - 1 for route in trainer.routes]
+        each = [K + N * (1 + BACKWARD) for K, N in zip(teacher, config.student_steps, strict=True)]
+        for N in self.student_steps:
+            if N in EVALUATIONS:
+                yield N, batches * statistics.mean(each), student
+
+
+# The paper's lengths (1024 steps halved to 1; 10 000 iterations a rung, 20 000 for 2 and 1), 2 teacher steps each.
+PAPER_LADDER = {N: sum(5 * (20_000 if M <= 2 else 10_000) for M in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if M >= N)
+                for N in EVALUATIONS}  # fmt: skip
+
+LADDER = {"student_steps": [16, 8, 4, 2, 1], "teacher_steps": [4, 2, 2, 2, 2], "iterations": [250, 250, 200, 300, 300]}
+SKIPPED = {"student_steps": [4, 2, 1], "iterations": [300, 300, 300]}
+GUIDED = {"objective": ["pd", "pd", "rcfd", "rcfd", "rcfd"], "temperature": [1.0, 1.0, 0.8, 1.0, 1.0]}
+FROM_BASE = {"objective": ["rcfd"], "temperature": [0.8, 1.0, 1.0]}
+
+
+def sfd(N, batches=300, **options):
+    return Trajectories([N], batches, options)
+
+
+ENTRIES = {
+    "PD ladder": Ladder(**LADDER, options={"objective": ["pd"]}),
+    "RCFD ladder": Ladder(**LADDER, options=GUIDED),
+    "RCFD, base to 4 by 4": Ladder(teacher_steps=[4, 2, 2], **SKIPPED, options=FROM_BASE),
+    "RCFD, base to 4 by 8": Ladder(teacher_steps=[8, 2, 2], **SKIPPED, options=FROM_BASE),
+    "RCFD, base to 4 by 16": Ladder(teacher_steps=[16, 2, 2], **SKIPPED, options=FROM_BASE),
+    "RCFD, base to 1 by 16": Ladder([1], [16], [400], {"objective": ["rcfd"], "temperature": [0.8]}),
+}
+
+
+class Bench:
+    """The teachers, classifiers, evaluators and images that every entry shares."""
+
+    def __init__(self, args):
+        self.args, self.options = args, {}
+        self.images = load_image_data("digits")
+        if args.data == "fashion-mnist":
+            self.images = load_image_data("fashion-mnist", data_dir=args.data_dir, resolution=32)
+            self.options = {"mixed_precision": "bf16"}
+        self.accelerator = Accelerator(mixed_precision=self.options.get("mixed_precision", "no"))
+
+    def folder(self, seed):
+        return ROOT / (f"runs/digits-seed{seed}" if self.args.data == "digits" else "runs/fashion_mnist")
+
+    def base(self, seed):
+        return RCFDPipeline.from_pretrained(self.folder(seed) / "base")
+
+    def classifier(self, seed):
+        name = "classifier" if self.args.data == "digits" else "resnet18-classifier"
+        return load_feature_classifier(self.folder(seed) / name)
+
+    def measure(self, pipeline, N, seed):
+        """(distance, score) of a pipeline in N network evaluations."""
+        judge = load_feature_classifier(self.folder(seed) / "evaluator")
+        options = {"accelerator": self.accelerator, "batch_size": 256, "seed": seed}
+        evaluator = Evaluator(judge, self.images, name=f"{judge.config.backbone}-{self.args.data}", **options)
+        result = evaluator.evaluate_pipeline(pipeline, self.args.num_images, N, seed=seed, progress=False)
+        return [result.to_dict()["metrics"][metric]["value"] for metric in ("fd", "is")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
+    parser.add_argument("--data_dir", help="Folder of Fashion-MNIST's IDX files.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 1.0], help="Budgets, times the entries'.")
+    parser.add_argument("--entries", nargs="+", choices=ENTRIES, metavar="NAME", help=f"Of {list(ENTRIES)}.")
+    parser.add_argument("--num_images", type=int, default=3000, help="Generated images of each value.")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    bench, path = Bench(args), ROOT / f"runs/sfd/{args.data}/rows.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wanted = [(seed, scale, name) for seed in args.seeds for scale in args.scales for name in args.entries or ENTRIES]
+    for seed, scale, name in wanted:
+        rows = read_rows(path)
+        if not any((row["seed"], row["scale"], row["method"]) == (seed, scale, name) for row in rows):
+            with tempfile.TemporaryDirectory() as folder:
+                for N, cost, pipeline in list(ENTRIES[name].run(scale, bench, seed, folder)):
+                    fd, score = bench.measure(pipeline, N, seed)
+                    print(
+                        f"{name}, seed {seed}, scale {scale}: {N} evaluations, cost {cost:.0f}, FD {fd:.2f}",
+                        flush=True,
+                    )
+                    rows.append({"method": name, "seed": seed, "scale": scale, "evaluations": N, "cost": cost,
+                                 "fd": fd, "is": score})  # fmt: skip
+            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_report()
+
+
+def read_rows(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def means(rows):
+    """{(method, evaluations): [(cost, mean FD, its standard deviation, mean score, seeds)]} by rising cost."""
+    grouped = defaultdict(list)
+    for row in rows:
+        grouped[row["method"], row["evaluations"], row["cost"]].append(row)
+    curves = defaultdict(list)
+    for (method, N, cost), group in sorted(grouped.items(), key=lambda item: item[0][2]):
+        distances = [row["fd"] for row in group]
+        spread = statistics.stdev(distances) if len(group) > 1 else 0.0
+        score = statistics.mean(row["is"] for row in group)
+        curves[method, N].append((cost, statistics.mean(distances), spread, score, len(group)))
+    return curves
+
+
+def write_report():
+    """`benchmarks/sfd.md` and a figure for each data set that has rows; what is written by hand at its end stays."""
+    sections = []
+    for data in ("digits", "fashion-mnist"):
+        rows = read_rows(ROOT / f"runs/sfd/{data}/rows.json")
+        if rows:
+            curves, picture = means(rows), f"sfd_{data.replace('-', '_')}.png"
+            draw(curves, ROOT / "benchmarks" / picture)
+            seeds = sorted({row["seed"] for row in rows})
+            sections += [
+                f"## {data}, seeds {', '.join(map(str, seeds))}",
+                f"![FD against cost]({picture})",
+                table(curves),
+            ]
+    path = ROOT / "benchmarks/sfd.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "timm"))
+    lengths = ", ".join(f"{cost:,} to {N}".replace(",", " ") for N, cost in PAPER_LADDER.items())
+    head = f"""# Distance against the cost of distillation
+
+Written by `python benchmarks/sfd.py` (see there for its options) on {date.today()},
+{os.cpu_count()} shared CPU cores. {packages}.
+
+Cost: network forward equivalents for each image of a batch of 64, a backward pass counted as two, so that an iteration
+of a ladder costs K + 3 and a batch of SFD its teacher's evaluations and 3 for each of the student's; classifier and
+base model are not counted. The ladders as the paper runs them (1024 steps halved, 10 000 iterations a rung, 20 000
+for 2 and 1) would cost {lengths} steps; the column *of the paper's ladder* sets each cost against that.
+
+FD: Frechet distance in the features of an evaluator that no loss has seen; **not FID**. Mean over the seeds ± standard
+deviation."""
+    hand = text.partition("\n## What")
+    path.write_text("\n\n".join([head, *sections]) + "\n" + hand[1] + hand[2], encoding="utf-8")
+
+
+def table(curves):
+    lines = ["| evaluations | method | cost | of the paper's ladder | FD | score |", "|---:|---|---:|---:|---:|---:|"]
+    for N in EVALUATIONS:
+        for (method, number), points in curves.items():
+            for cost, fd, spread, score, _ in points if number == N else ():
+                share = cost / PAPER_LADDER[N]
+                lines.append(f"| {N} | {method} | {cost:.0f} | {share:.2%} | {fd:.2f} ± {spread:.2f} | {score:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(curves, path):
+    """A panel for each number of evaluations: FD against cost, both on log axes, a line for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(EVALUATIONS), figsize=(15, 5), sharey=True)
+    methods = {method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys(method for method, _ in curves))}
+    for axis, N in zip(axes, EVALUATIONS, strict=True):
+        for (method, number), points in curves.items():
+            if number == N:
+                costs, distances, spreads, *_ = zip(*points, strict=True)
+                style = {"color": methods[method], "linestyle": "-" if "ladder" in method else "--"}
+                axis.errorbar(costs, distances, spreads, marker="o", capsize=2, label=method, **style)
+        axis.set(
+            xscale="log", yscale="log", xlabel="cost, forward equivalents", title=f"{N} evaluation{'s' * (N > 1)}"
+        )
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("FD")
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.15, 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
