@@ -102,8 +102,9 @@ Written on {date.today()} by
 on {os.cpu_count()} shared CPU cores, bf16, one seed (0). {packages}.
 
 A U-Net of {base_parameters(args.runs):.1f} M parameters predicts x0; the base model is trained for 6000 steps of 64
-images (6.4 passes over the 60 000). The ladder goes from 64-step DDIM to 16 and 8 steps by PD, 300 iterations each; from the 8-step student on by
-PD and by RCFD with either classifier, 300, 400 and 400 iterations of 64 images at 4, 2 and 1 steps, the same for all.
+images (6.4 passes over the 60 000). The ladder goes from 64-step DDIM to 16 and 8 steps by PD, 300 iterations each;
+from the 8-step student on by PD and by RCFD with either classifier, 300, 400 and 400 iterations of 64 images at 4, 2
+and 1 steps, the same for all.
 
 FD: Frechet distance in the features of the evaluator ({first["extractor"]}), which no loss has seen, of
 {first["num_images"]} generated images against the {first["num_reference_images"]} of {first["reference"]};

@@ -82,8 +82,8 @@ def compare(contenders: list[Contender], evaluator: Evaluator, num_images: int, 
         `list[dict]`: "method", "num_inference_steps", "images_per_second" (at the evaluator's batch size on one
         process, best of three batches) and "evaluation" (`EvaluationResult.to_dict()`).
     """
-    rows = []
-    for contender in tqdm(contenders, desc="Comparing", unit="line", disable=not evaluator.is_main_process):
+    rows, hidden = [], {} if evaluator.is_main_process else {"disable": True}
+    for contender in tqdm(contenders, desc="Comparing", unit="line", **hidden):
         result = evaluator.evaluate_pipeline(contender.pipeline, num_images, contender.num_inference_steps, seed=seed)
         rows.append(
             {

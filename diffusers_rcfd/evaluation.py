@@ -314,7 +314,8 @@ class Evaluator:
 
     def _reference_batches(self):
         share = self._share(len(self.reference))
-        bar = {"desc": f"Reading {self.reference.name}", "disable": not self.is_main_process, "delay": 1}
+        hidden = {} if self.is_main_process else {"disable": True}
+        bar = {"desc": f"Reading {self.reference.name}", "delay": 1} | hidden
         for start in tqdm(range(0, len(share), self.batch_size), unit="batch", **bar):
             yield self.reference.__getitems__(list(share[start : start + self.batch_size]))["images"]
 

@@ -42,7 +42,8 @@ class _Column:
 
 
 def _progress(total: int, words: str) -> tqdm:
-    return tqdm(total=total, desc=words, unit=" images", delay=1, disable=os.environ.get("LOCAL_RANK", "0") != "0")
+    hidden = {"disable": True} if os.environ.get("LOCAL_RANK", "0") != "0" else {}  # else TQDM_DISABLE has its say
+    return tqdm(total=total, desc=words, unit=" images", delay=1, **hidden)
 
 
 def _decode_all(values, name: str, resolution: int | None, channels: int | None) -> torch.Tensor:

@@ -86,7 +86,8 @@ def generate_images(
     indices = range(num_images) if indices is None else indices
 
     def batches() -> Iterator[torch.Tensor]:
-        with tqdm(total=len(indices), desc="Generating", unit="image", disable=not progress, delay=1) as bar:
+        hidden = {} if progress else {"disable": True}  # else TQDM_DISABLE has its say
+        with tqdm(total=len(indices), desc="Generating", unit="image", delay=1, **hidden) as bar:
             for start in range(0, len(indices), batch_size):
                 batch = list(indices[start : start + batch_size])
                 noise = initial_noise(batch, image_shape, seed)
