@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CLASSIFIERS = {"ResNet18": "resnet18-classifier", "ResNet10-t": "resnet10t-classifier"}  # the weaker one first
+CLASSIFIERS = {"ResNet18": "resnet18-classifier", "DenseNet121": "densenet121-classifier"}  # the weaker one first
 STEPS = (4, 2, 1)
 PAPER = {"ResNet18": (0.122, 0.175, 0.201), "DenseNet201": (0.213, 0.316, 0.407)}  # gains over PD at 4, 2, 1 steps
 
@@ -47,10 +47,9 @@ def parts(runs, num_images):
     yield "base", "model_index.json", "train_teacher", resumed | {"seed": 0}
     weak, strong = CLASSIFIERS.values()
     yield weak, "config.json", "train_classifier", resumed | {"seed": 1000}
-    small = resumed | {"small_stem": True}
-    stronger = small | {"backbone": "resnet10t", "max_train_steps": 1000, "seed": 1002}
+    stronger = resumed | {"backbone": "densenet121", "max_train_steps": 2000, "seed": 1002}
     yield strong, "config.json", "train_classifier", stronger
-    judge = small | {"backbone": "test_resnet", "max_train_steps": 1500, "seed": 2000}
+    judge = resumed | {"backbone": "test_resnet", "small_stem": True, "max_train_steps": 1500, "seed": 2000}
     yield "evaluator", "config.json", "train_classifier", judge
 
     ladder = resumed | {"evaluator": runs / "evaluator", "num_eval_images": 1000, "seed": 0}
