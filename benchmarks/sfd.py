@@ -63,23 +63,25 @@ class Ladder:
 
 @dataclass
 class Trajectories:
-    """A student of SFD, of one step count or several."""
+    """Students of SFD, one for each step count, or a single one for all (SFD-v)."""
 
     student_steps: list[int]
-    batches: int
     options: dict = field(default_factory=dict)
+    joint: bool = False
+    batches: int = 400
 
     def run(self, scale, bench, seed, folder):
         """As `Ladder.run`."""
         batches = max(1, round(scale * self.batches))
         options = {"ema_decay": 0.98} | SHARED | bench.options | self.options | {"seed": seed}
-        config = SFDDistillationConfig(folder, student_steps=self.student_steps, max_train_steps=batches, **options)
-        trainer = SFDDistillationTrainer(bench.base(seed), bench.classifier(seed), config)
-        student = trainer.train()
-        teacher = [len(route.teacher) - 1 for route in trainer.routes]
-        each = [K + N * (1 + BACKWARD) for K, N in zip(teacher, config.student_steps, strict=True)]
-        for N in self.student_steps:
-            if N in EVALUATIONS:
+        for counts in [self.student_steps] if self.joint else [[N] for N in self.student_steps]:
+            own = f"{folder}/{len(counts)}-{counts[0]}"
+            config = SFDDistillationConfig(own, student_steps=counts, max_train_steps=batches, **options)
+            trainer = SFDDistillationTrainer(bench.base(seed), bench.classifier(seed), config)
+            student = trainer.train()
+            teacher = [len(route.teacher) - 1 for route in trainer.routes]
+            each = [K + N * (1 + BACKWARD) for K, N in zip(teacher, counts, strict=True)]
+            for N in counts:
                 yield N, batches * statistics.mean(each), student
 
 
@@ -91,10 +93,8 @@ LADDER = {"student_steps": [16, 8, 4, 2, 1], "teacher_steps": [4, 2, 2, 2, 2], "
 SKIPPED = {"student_steps": [4, 2, 1], "iterations": [300, 300, 300]}
 GUIDED = {"objective": ["pd", "pd", "rcfd", "rcfd", "rcfd"], "temperature": [1.0, 1.0, 0.8, 1.0, 1.0]}
 FROM_BASE = {"objective": ["rcfd"], "temperature": [0.8, 1.0, 1.0]}
-
-
-def sfd(N, batches=300, **options):
-    return Trajectories([N], batches, options)
+OWN_NODES = {"analytical_first_step": False, "dynamic_thresholding": False}
+PAPER, OURS = {"objective": "l1"}, {"objective": "cfd"} | OWN_NODES
 
 
 ENTRIES = {
@@ -104,6 +104,20 @@ ENTRIES = {
     "RCFD, base to 4 by 8": Ladder(teacher_steps=[8, 2, 2], **SKIPPED, options=FROM_BASE),
     "RCFD, base to 4 by 16": Ladder(teacher_steps=[16, 2, 2], **SKIPPED, options=FROM_BASE),
     "RCFD, base to 1 by 16": Ladder([1], [16], [400], {"objective": ["rcfd"], "temperature": [0.8]}),
+    "SFD (L1, AFS, thresholding)": Trajectories([4, 2, 1], PAPER),
+    "SFD, no thresholding": Trajectories([2], PAPER | {"dynamic_thresholding": False}),
+    "SFD, no thresholding, no AFS": Trajectories([4, 2, 1], PAPER | OWN_NODES),
+    "CFD on SFD's pairs": Trajectories([4, 2, 1], OURS),
+    "CFD on SFD's pairs, tau 0.8": Trajectories([4, 2, 1], OURS | {"temperature": 0.8}),
+    "CFD on SFD's pairs, thresholding": Trajectories([2], OURS | {"dynamic_thresholding": True}),
+    "CFD on SFD's pairs, AFS": Trajectories([2], OURS | {"analytical_first_step": True}),
+    "CFD on SFD's pairs, spatial": Trajectories([2], OURS | {"distribution": "spatial"}),
+    "CFD on SFD's pairs, and L1": Trajectories([2], OURS | {"l1_weight": 0.01}),
+    "CFD on SFD's pairs, K = 2": Trajectories([2], OURS | {"teacher_steps": 2}),
+    "CFD on SFD's pairs, K = 8": Trajectories([2], OURS | {"teacher_steps": 8}),
+    "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | {"ema_decay": 0.0}),
+    "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
+    "SFD-v by CFD": Trajectories([1, 2, 4], OURS, joint=True),
 }
 
 
