@@ -14,6 +14,7 @@ from diffusers_rcfd.cfd_config import CFDDistillationConfig, Rung
 from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
 from diffusers_rcfd.configs import require
 from diffusers_rcfd.evaluation import Evaluator
+from diffusers_rcfd.fast_networks import frozen
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.feature_terms import feature_terms
 from diffusers_rcfd.generator_trainer import (
@@ -83,12 +84,13 @@ class CFDDistillationTrainer(GeneratorTrainer):
             self.teacher = RCFDPipeline.from_pretrained(str(self.output_dir / self.rungs[first - 1].name))
         for index, rung in enumerate(self.rungs[first:], first):
             self.rung = rung
-            teacher = self.teacher.unet.to(self.accelerator.device).eval().requires_grad_(False)
-            student = self.student if self.student is not None and index == 0 else copy.deepcopy(teacher)
+            student = self.student if self.student is not None and index == 0 else copy.deepcopy(self.teacher.unet)
+            device = self.accelerator.device
+            self.teacher = RCFDPipeline(frozen(self.config, self.teacher.unet, device), self.teacher.scheduler)
             scheduler_config = dict(self.teacher.scheduler.config) | {"num_inference_steps": self.rung.student_steps}
             self.scheduler = RCFDScheduler.from_config(scheduler_config)
             if self.classifier is not None:
-                self.classifier.to(self.accelerator.device).freeze()
+                self.classifier = frozen(self.config, self.classifier, device)
             without_dropout(student).requires_grad_(True)
             student.register_to_config(_name_or_path=rung.name)  # not the folder that its teacher was loaded from
             yield Stage(self.rung.name, index, student, self.rung.max_train_steps)
@@ -189,8 +191,10 @@ class CFDDistillationTrainer(GeneratorTrainer):
                 prediction = self.teacher.unet(z, t, labels).sample
             return scheduler.predict_x0(wide(prediction), z, t)
 
-        x0_pred, z_t, t = self._predict(batch)
+        z_t, t = self._noisy(batch)
+        # First the target: the teacher needs no memory any more when that of the student's activations is taken.
         x0_target = ddim_target(teacher, scheduler, z_t, batch["k"], rung.student_steps, rung.teacher_steps)
+        x0_pred = self._predict(z_t, t, labels)
         if rung.objective == "pd":
             alpha, sigma = scheduler.alpha_sigma(t, z_t)
             return {"loss": x0_loss(x0_pred, x0_target, alpha, sigma, self.config.loss_weighting).mean()}
@@ -204,16 +208,19 @@ class CFDDistillationTrainer(GeneratorTrainer):
         self.log_p_mean = None
         if len(batches) > 1 and self.rung.regularization_weight * (1 - self.rung.entropy_ratio) > 0:
             with torch.no_grad(), self.accelerator.autocast():
-                logits = [self.classifier(self._predict(batch)[0]).logits for batch in batches]
+                x0 = [self._predict(*self._noisy(batch), conditioning(self.teacher, batch)) for batch in batches]
+                logits = [self.classifier(images).logits for images in x0]
                 self.log_p_mean = log_mean_prediction(torch.cat(logits))
 
-    def _predict(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The student's x0, what it was predicted from, z_t, both (B, C, H, W), and t (B,)."""
-        scheduler = self.scheduler
+    def _noisy(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the student is to predict from: z_t (B, C, H, W) and t (B,)."""
         x0 = flip(batch["images"], batch["flip"])
-        t = scheduler.step_table(self.rung.student_steps, like=x0)[0][batch["k"]]
-        z_t = scheduler.add_noise(x0, batch["noise"], t)
-        return scheduler.predict_x0(self.model(z_t, t, conditioning(self.teacher, batch)).sample, z_t, t), z_t, t
+        t = self.scheduler.step_table(self.rung.student_steps, like=x0)[0][batch["k"]]
+        return self.scheduler.add_noise(x0, batch["noise"], t), t
+
+    def _predict(self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The student's x0 (B, C, H, W)."""
+        return self.scheduler.predict_x0(self.model(z_t, t, labels).sample, z_t, t)
 
 
 def without_dropout(unet: UNet2DModel) -> UNet2DModel:

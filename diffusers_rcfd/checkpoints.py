@@ -259,9 +259,19 @@ def flush(folder: Path) -> None:
                     os.close(descriptor)
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainerState, ema: EMAModel | None) -> None:
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    state: TrainerState,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+) -> None:
     """Put back what a checkpoint holds of the model, optimizer, schedule and averaged weights of a stage."""
     accelerator.load_state(str(checkpoint))
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():  # of a run with other `channels_last`; fused kernels look at no strides
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter).copy_(value)
     accelerator.step = 0  # of accumulation, which may be over another number of batches than before
     if ema is not None:
         saved = load_file(checkpoint / EMA_FILE)

@@ -151,6 +151,10 @@ class TrainingConfig:
         10, "A step with a loss or gradient that is not finite is skipped; so many in a row end the run."
     )
     mixed_precision: str = option("no", f"Number type of the networks, one of {MIXED_PRECISIONS}; losses are float32.")
+    torch_compile: bool = option(
+        False, "Compile the networks of training, once for each shape; pays where a run is far longer than compiling."
+    )
+    channels_last: bool = option(False, "Lay out convolutions channels-last, which some GPUs are faster with.")
     ema_decay: float = option(0.0, "Decay of the moving average of the weights, which is what is saved; 0 keeps none.")
     random_flip: bool = option(False, "Mirror each image with probability 1/2.")
     dataloader_num_workers: int = option(0, "Processes that decode images; not needed for data that fit in memory.")

@@ -43,9 +43,9 @@ def feature_terms(
         terms = {"cfd": spatial_distance(classifier, x0_pred, x0_target, config, temperature)}
         logits, variety = None if regularization is None else classifier(x0_pred).logits, {}
     else:
-        student = classifier(x0_pred)
         with torch.no_grad():
             teacher = classifier(x0_target)
+        student = classifier(x0_pred)
         logits, name = student.logits, "features" if config.distribution == "features" else "logits"
         kl = dual_temperature_kl if config.dual_temperature else feature_kl
         terms = {"cfd": kl(getattr(student, name), getattr(teacher, name), temperature).mean()}

@@ -16,6 +16,7 @@ from diffusers_rcfd.cfd_trainer import without_dropout
 from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
 from diffusers_rcfd.configs import require
 from diffusers_rcfd.evaluation import Evaluator
+from diffusers_rcfd.fast_networks import frozen
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.feature_terms import feature_terms, spatial_distance
 from diffusers_rcfd.generator_trainer import GeneratorTrainer, sample_grid
@@ -173,11 +174,12 @@ class SFDDistillationTrainer(GeneratorTrainer):
         if first:
             self.student = RCFDPipeline.from_pretrained(str(self.output_dir))
             return
-        teacher = self.teacher.unet.to(self.accelerator.device).eval().requires_grad_(False)
-        for part in (self.classifier, self.lpips):
-            if isinstance(part, torch.nn.Module):
-                part.to(self.accelerator.device).eval().requires_grad_(False)
-        student = copy.deepcopy(teacher)
+        student, device = copy.deepcopy(self.teacher.unet).requires_grad_(False), self.accelerator.device
+        self.teacher = RCFDPipeline(frozen(self.config, self.teacher.unet, device), self.teacher.scheduler)
+        if self.classifier is not None:
+            self.classifier = frozen(self.config, self.classifier, device)
+        if isinstance(self.lpips, torch.nn.Module):
+            self.lpips = frozen(self.config, self.lpips, device)
         if self.second_stage:
             student = for_one_count(student, self._teacher_row(), len(self.teacher.scheduler.trained_steps))
         if len(self.routes) > 1:

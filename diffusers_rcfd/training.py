@@ -44,6 +44,7 @@ from diffusers_rcfd.checkpoints import (
     write_json,
 )
 from diffusers_rcfd.configs import TrainingConfig
+from diffusers_rcfd.fast_networks import compiled, laid_out
 from diffusers_rcfd.hub import open_repository, publish_folder, read_card
 from diffusers_rcfd.interruption import Interruption, host_group, largest_of_all
 from diffusers_rcfd.optimization import average_step, backward, begin_momentum, build_optimizer, clip_gradients
@@ -219,7 +220,7 @@ class Trainer:
     def _prepare(self, stage: Stage, checkpoint: Path | None):
         """Give the stage's model to Accelerate with its optimizer, and put back what a checkpoint holds."""
         config, accelerator = self.config, self.accelerator
-        stage.model.to(accelerator.device).train()
+        laid_out(config, stage.model.to(accelerator.device)).train()
         parameters = [parameter for parameter in stage.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config, parameters)
         lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
@@ -227,13 +228,14 @@ class Trainer:
                                      step_rules=f"1:{stage.max_train_steps // 2},0.1")  # fmt: skip
         self._whole_model = copy.deepcopy(stage.model).cpu() if accelerator.is_fsdp2 else None
         self.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
+        self.model = compiled(config, self.model)
         begin_momentum(optimizer)
         self.ema = None
         if config.ema_decay:
             foreach = not accelerator.is_fsdp2  # whose parameters `copy_to` then copies one by one
             self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=foreach)
         if checkpoint is not None and self.state.step:
-            load_checkpoint(accelerator, checkpoint, self.state, self.ema)
+            load_checkpoint(accelerator, checkpoint, self.state, optimizer, self.ema)
         return optimizer, lr_scheduler
 
     def _next_step(self, stage: Stage, batches: Iterator[dict], sums: dict) -> list[dict[str, torch.Tensor]]:
@@ -398,11 +400,11 @@ class Trainer:
         """Keep the final weights, hand them to `finish_stage` and note in a checkpoint that the stage is done."""
         if self.ema is not None:
             self.ema.copy_to(self._unwrapped().parameters())
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         if self._whole_model is not None:
             self._whole_model.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
             model = self._whole_model.to(self.accelerator.device)
-        stage.model = model.eval()
+        stage.model = model.eval().to(memory_format=torch.contiguous_format)
         self.accelerator.free_memory()
         self.model = stage.model
         self.choose_weights(stage)
@@ -430,16 +432,16 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _unwrapped(self) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @contextmanager
     def _averaged_weights(self):
-        """The model in eval mode with its averaged weights, where an average is kept."""
-        model = self._unwrapped().eval()
+        """The model in eval mode with its averaged weights, where an average is kept, laid out as files want it."""
+        model = self._unwrapped().eval().to(memory_format=torch.contiguous_format)
         if self.ema is not None:
             self.ema.store(model.parameters())
             self.ema.copy_to(model.parameters())
         yield model
         if self.ema is not None:
             self.ema.restore(model.parameters())
-        model.train()
+        laid_out(self.config, model).train()

@@ -231,8 +231,8 @@ def gradients(output_dir, batch_size, accumulation):
         def compute_loss(self, batch):
             return super().compute_loss(batch | {"images": batch["images"].to(self.kind)})
 
-        def _predict(self, batch):
-            return super()._predict(batch | {"images": batch["images"].to(self.kind)})
+        def _noisy(self, batch):
+            return super()._noisy(batch | {"images": batch["images"].to(self.kind)})
 
         def _optimizer_step(self, *args):
             terms = super()._optimizer_step(*args)
