@@ -9,7 +9,6 @@ all of them beside stock samplers. What lies finished in --runs is not run again
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from datetime import date
@@ -28,20 +27,52 @@ def main():
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/fashion_mnist", help="Folder of all runs.")
     parser.add_argument("--num_images", type=int, default=5000, help="Generated images of each row.")
     args = parser.parse_args()
-    for folder, done, script, options in parts(args.runs, args.num_images):
+    for folder, done, script, options in parts(args.runs):
         if not (args.runs / folder / done).is_file():
             options |= {"output_dir": args.runs / folder, "data_dir": args.data_dir}
             words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
             print(f"{folder}: {script} {' '.join(words)}", flush=True)
             subprocess.run([sys.executable, ROOT / f"examples/{script}.py", *words], check=True)
-    rows = json.loads((args.runs / "comparison/comparison.json").read_text(encoding="utf-8"))
+    rows = measured(args)
     (ROOT / "benchmarks/fashion_mnist.md").write_text(report(args, rows), encoding="utf-8")
-    for picture in ("comparison", "comparison_curve"):
-        target = ROOT / f"benchmarks/{picture.replace('comparison', 'fashion_mnist')}.png"
-        shutil.copy(args.runs / f"comparison/{picture}.png", target)
 
 
-def parts(runs, num_images):
+def measured(args):
+    """The rows of `compare` for stock samplers and students, with their pictures; each is kept when it is measured."""
+    from accelerate import Accelerator
+
+    from diffusers_rcfd import Evaluator, RCFDPipeline, load_feature_classifier, load_image_data
+    from diffusers_rcfd.comparison import (
+        compare,
+        save_comparison_figure,
+        save_comparison_grid,
+        stock_contenders,
+        student_contender,
+    )
+
+    base = RCFDPipeline.from_pretrained(args.runs / "base")
+    contenders = stock_contenders(base, ["ddim", "pndm", "dpm++2m"], [8, *STEPS])
+    contenders += [student_contender(f"PD={args.runs}/pd/students/{N}-step") for N in (8, *STEPS)]
+    for name, classifier in CLASSIFIERS.items():
+        folder = args.runs / f"rcfd-{classifier}/students"
+        contenders += [student_contender(f"RCFD({name})={folder}/{N}-step") for N in STEPS]
+
+    judge = load_feature_classifier(args.runs / "evaluator")
+    images = load_image_data("fashion-mnist", data_dir=args.data_dir, resolution=32)
+    evaluator = Evaluator(judge, images, name=f"{judge.config.backbone}-fashion-mnist", accelerator=Accelerator())
+    path = args.runs / "rows.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    for contender in contenders:
+        which = {"method": contender.method, "num_inference_steps": contender.num_inference_steps}
+        if not any(which.items() <= row.items() for row in rows):
+            rows += compare([contender], evaluator, args.num_images)
+            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    save_comparison_figure(rows, ROOT / "benchmarks/fashion_mnist_curve.png")
+    save_comparison_grid(contenders, ROOT / "benchmarks/fashion_mnist.png", num_noises=6)
+    return rows
+
+
+def parts(runs):
     """(folder, the file that tells it is done, script, options) of every part, in order."""
     resumed = {"config": "fashion_mnist", "resume_from_checkpoint": "latest"}
     yield "base", "model_index.json", "train_teacher", resumed | {"seed": 0}
@@ -58,15 +89,6 @@ def parts(runs, num_images):
     guided |= {"teacher_steps": 2, "objective": "rcfd", "max_train_steps": "300 400 400", "temperature": "0.8 1.0 1.0"}
     for classifier in CLASSIFIERS.values():
         yield f"rcfd-{classifier}", "comparison.json", "distill_rcfd", guided | {"classifier": runs / classifier}
-
-    students = [f"PD={runs}/pd/students/{N}-step" for N in (8, *STEPS)]
-    for name, classifier in CLASSIFIERS.items():
-        students += [f"RCFD({name})={runs}/rcfd-{classifier}/students/{N}-step" for N in STEPS]
-    yield "comparison", "comparison.json", "compare", {
-        "dataset": "fashion-mnist", "resolution": 32, "base": runs / "base", "students": " ".join(students),
-        "samplers": "ddim pndm dpm++2m", "evaluations": "8 4 2 1", "feature_extractor": runs / "evaluator",
-        "num_images": num_images, "metrics": "fd is", "seed": 0,
-    }  # fmt: skip
 
 
 def report(args, rows):
