@@ -3,7 +3,8 @@
     python benchmarks/ablations.py --data_dir FOLDER_OF_FASHION_MNISTS_IDX_FILES
 
 runs the grids of examples/configs/ablations one after another, about an hour on two quiet cores; a run that is done is
-not done again. The folder is for the classifier that never saw a digit.
+not done again. The folder is for the classifier that never saw a digit. `--grids losses temperature` runs these alone;
+the page shows those that have been run.
 """
 
 import argparse
@@ -28,13 +29,15 @@ TITLES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True, help="Folder of Fashion-MNIST's IDX files.")
+    parser.add_argument("--grids", nargs="+", choices=TITLES, default=list(TITLES))
     args = parser.parse_args()
-    for grid in TITLES:
+    for grid in args.grids:
         command = [ROOT / "examples/ablate.py", grid, "--variables", f"data_dir={args.data_dir}"]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     path = ROOT / "benchmarks/ablations.md"  # what is written by hand at its end stays
     notes = (path.read_text(encoding="utf-8") if path.is_file() else "").partition("\n## What was")
-    path.write_text("\n".join([head(), *(section(grid) for grid in TITLES)]) + notes[1] + notes[2], encoding="utf-8")
+    run = [grid for grid in TITLES if (ROOT / f"runs/ablations/{grid}/results.json").is_file()]
+    path.write_text("\n".join([head(), *(section(grid) for grid in run)]) + notes[1] + notes[2], encoding="utf-8")
 
 
 def head():
