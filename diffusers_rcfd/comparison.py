@@ -135,6 +135,7 @@ def save_comparison_figure(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
     metric, label = next((key, value["label"]) for key, value in rows[0]["evaluation"]["metrics"].items())
     lines = defaultdict(list)
@@ -150,9 +151,10 @@ def save_comparison_figure(rows: list[dict], path: Path) -> None:
     steps = sorted({row["num_inference_steps"] for row in rows})
     axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=label)
     axis.set_xticks(steps, [str(number) for number in steps])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend()
+    axis.xaxis.minorticks_off()
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 1)))
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
