@@ -3,7 +3,8 @@
     python benchmarks/sfd.py --seeds 0 1 2                            # digits, on the runs of benchmarks/digits.py
     python benchmarks/sfd.py --data fashion-mnist --data_dir FOLDER   # on those of benchmarks/fashion_mnist.py
 
-Every run is measured by the same evaluator, which no loss sees; a row that is in rows.json is not run again.
+Every run is measured by the same evaluator, which no loss sees; what lies measured in runs/sfd is not run again, so that
+several processes can share the work, by seeds or by entries.
 """
 
 import argparse
@@ -39,21 +40,28 @@ BACKWARD = 2  # a backward pass counts as two forward ones
 
 @dataclass
 class Ladder:
-    """A ladder of rungs: student steps, teacher steps and iterations of each."""
+    """A ladder of rungs: student steps, teacher steps and iterations of each.
+
+    `finished` is where, for each data set, the benchmark of that data set has run this very ladder; it is not run twice.
+    """
 
     student_steps: list[int]
     teacher_steps: list[int]
-    iterations: list[int]
+    iterations: dict[str, list[int]]
     options: dict = field(default_factory=dict)
+    finished: dict[str, str] = field(default_factory=dict)
 
     def run(self, scale, bench, seed, folder):
         """(network evaluations, cost in forward equivalents, pipeline) of each rung that is measured."""
-        iterations = [max(1, round(scale * number)) for number in self.iterations]
-        options = SHARED | bench.options | self.options | {"seed": seed, "max_train_steps": iterations}
-        config = CFDDistillationConfig(
-            folder, student_steps=self.student_steps, teacher_steps=self.teacher_steps, **options
-        )
-        CFDDistillationTrainer(bench.base(seed), bench.classifier(seed), config, bench.images).train()
+        iterations = [max(1, round(scale * number)) for number in self.iterations[bench.data]]
+        if self.finished and scale == 1:
+            folder = bench.folder(seed) / self.finished[bench.data]
+        else:
+            options = SHARED | bench.options | self.options | {"seed": seed, "max_train_steps": iterations}
+            config = CFDDistillationConfig(
+                folder, student_steps=self.student_steps, teacher_steps=self.teacher_steps, **options
+            )
+            CFDDistillationTrainer(bench.base(seed), bench.classifier(seed), config, bench.images).train()
         cost = 0
         for N, K, number in zip(self.student_steps, self.teacher_steps, iterations, strict=True):
             cost += number * (K + 1 + BACKWARD)
@@ -63,7 +71,7 @@ class Ladder:
 
 @dataclass
 class Trajectories:
-    """Students of SFD, one for each step count, or a single one for all (SFD-v)."""
+    """Students of SFD, each from the base model, or a single one for all of the step counts (SFD-v)."""
 
     student_steps: list[int]
     options: dict = field(default_factory=dict)
@@ -72,81 +80,119 @@ class Trajectories:
 
     def run(self, scale, bench, seed, folder):
         """As `Ladder.run`."""
-        batches = max(1, round(scale * self.batches))
-        options = {"ema_decay": 0.98} | SHARED | bench.options | self.options | {"seed": seed}
         for counts in [self.student_steps] if self.joint else [[N] for N in self.student_steps]:
-            own = f"{folder}/{len(counts)}-{counts[0]}"
-            config = SFDDistillationConfig(own, student_steps=counts, max_train_steps=batches, **options)
-            trainer = SFDDistillationTrainer(bench.base(seed), bench.classifier(seed), config)
-            student = trainer.train()
-            teacher = [len(route.teacher) - 1 for route in trainer.routes]
-            each = [K + N * (1 + BACKWARD) for K, N in zip(teacher, counts, strict=True)]
+            own, options = f"{folder}/{len(counts)}-{counts[0]}", self.options
+            student, cost = train_sfd(bench, seed, bench.base(seed), own, counts, self.batches * scale, options)
             for N in counts:
-                yield N, batches * statistics.mean(each), student
+                yield N, cost, student
+
+
+@dataclass
+class Stages:
+    """Students of SFD of falling step counts: the first one from the base model, each other from the one before."""
+
+    student_steps: list[int]
+    batches: list[int]
+    temperature: list[float]
+    options: dict = field(default_factory=dict)
+
+    def run(self, scale, bench, seed, folder):
+        """As `Ladder.run`."""
+        teacher, cost = bench.base(seed), 0
+        for N, batches, temperature in zip(self.student_steps, self.batches, self.temperature, strict=True):
+            options = self.options | {"temperature": temperature}
+            teacher, own = train_sfd(bench, seed, teacher, f"{folder}/{N}", [N], batches * scale, options)
+            cost += own
+            yield N, cost, teacher
+
+
+def train_sfd(bench, seed, teacher, folder, counts, batches, options):
+    """A student of SFD and its cost in forward equivalents."""
+    batches = max(1, round(batches))
+    options = {"ema_decay": 0.98} | SHARED | bench.options | options | {"seed": seed, "max_train_steps": batches}
+    config = SFDDistillationConfig(folder, student_steps=counts, **options)
+    trainer = SFDDistillationTrainer(teacher, bench.classifier(seed), config)
+    student = trainer.train()
+    evaluations = [len(route.teacher) - 1 for route in trainer.routes]  # of the teacher in each batch
+    each = [K + N * (1 + BACKWARD) for K, N in zip(evaluations, counts, strict=True)]
+    return student, batches * statistics.mean(each)
 
 
 # The paper's lengths (1024 steps halved to 1; 10 000 iterations a rung, 20 000 for 2 and 1), 2 teacher steps each.
 PAPER_LADDER = {N: sum(5 * (20_000 if M <= 2 else 10_000) for M in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if M >= N)
                 for N in EVALUATIONS}  # fmt: skip
 
-LADDER = {"student_steps": [16, 8, 4, 2, 1], "teacher_steps": [4, 2, 2, 2, 2], "iterations": [250, 250, 200, 300, 300]}
-SKIPPED = {"student_steps": [4, 2, 1], "iterations": [300, 300, 300]}
+LADDER = {"student_steps": [16, 8, 4, 2, 1], "teacher_steps": [4, 2, 2, 2, 2],
+          "iterations": {"digits": [250, 250, 200, 300, 300], "fashion-mnist": [300, 300, 300, 400, 400]}}  # fmt: skip
+SKIPPED = {"student_steps": [4, 2, 1], "iterations": {data: [300, 300, 300] for data in LADDER["iterations"]}}
+ONCE = {"student_steps": [1], "iterations": {data: [400] for data in LADDER["iterations"]}}
+RUN_BEFORE = {
+    "pd": {"digits": "students-pd", "fashion-mnist": "pd/students"},
+    "rcfd": {"digits": "students", "fashion-mnist": "rcfd-resnet18-classifier/students"},
+}
 GUIDED = {"objective": ["pd", "pd", "rcfd", "rcfd", "rcfd"], "temperature": [1.0, 1.0, 0.8, 1.0, 1.0]}
 FROM_BASE = {"objective": ["rcfd"], "temperature": [0.8, 1.0, 1.0]}
 OWN_NODES = {"analytical_first_step": False, "dynamic_thresholding": False}
-PAPER, OURS = {"objective": "l1"}, {"objective": "cfd"} | OWN_NODES
+PAPER, OURS = {"objective": "l1"}, {"objective": "cfd", "temperature": 0.8} | OWN_NODES
+THEN_ONE = {"batches": [400, 400], "temperature": [0.8, 1.0]}  # from 2 evaluations to 1
 
 
 ENTRIES = {
-    "PD ladder": Ladder(**LADDER, options={"objective": ["pd"]}),
-    "RCFD ladder": Ladder(**LADDER, options=GUIDED),
+    "PD ladder": Ladder(**LADDER, options={"objective": ["pd"]}, finished=RUN_BEFORE["pd"]),
+    "RCFD ladder": Ladder(**LADDER, options=GUIDED, finished=RUN_BEFORE["rcfd"]),
     "RCFD, base to 4 by 4": Ladder(teacher_steps=[4, 2, 2], **SKIPPED, options=FROM_BASE),
     "RCFD, base to 4 by 8": Ladder(teacher_steps=[8, 2, 2], **SKIPPED, options=FROM_BASE),
     "RCFD, base to 4 by 16": Ladder(teacher_steps=[16, 2, 2], **SKIPPED, options=FROM_BASE),
-    "RCFD, base to 1 by 16": Ladder([1], [16], [400], {"objective": ["rcfd"], "temperature": [0.8]}),
-    "SFD (L1, AFS, thresholding)": Trajectories([4, 2, 1], PAPER),
+    "RCFD, base to 1 by 16": Ladder(teacher_steps=[16], **ONCE, options=FROM_BASE | {"temperature": [0.8]}),
+    "SFD (L1, AFS, thresholding)": Trajectories([2], PAPER),
     "SFD, no thresholding": Trajectories([2], PAPER | {"dynamic_thresholding": False}),
-    "SFD, no thresholding, no AFS": Trajectories([4, 2, 1], PAPER | OWN_NODES),
+    "SFD, no thresholding, no AFS": Trajectories([2], PAPER | OWN_NODES),
+    "SFD, no AFS, in stages": Stages([2, 1], **THEN_ONE, options=PAPER | OWN_NODES),
     "CFD on SFD's pairs": Trajectories([4, 2, 1], OURS),
-    "CFD on SFD's pairs, tau 0.8": Trajectories([4, 2, 1], OURS | {"temperature": 0.8}),
+    "CFD on SFD's pairs, in stages": Stages([2, 1], **THEN_ONE, options=OURS),
+    "CFD on SFD's pairs, in 3 stages": Stages([4, 2, 1], [300, 300, 400], [0.8, 1.0, 1.0], OURS),
+    "CFD on SFD's pairs, tau 1": Trajectories([2], OURS | {"temperature": 1.0}),
     "CFD on SFD's pairs, thresholding": Trajectories([2], OURS | {"dynamic_thresholding": True}),
     "CFD on SFD's pairs, AFS": Trajectories([2], OURS | {"analytical_first_step": True}),
     "CFD on SFD's pairs, spatial": Trajectories([2], OURS | {"distribution": "spatial"}),
     "CFD on SFD's pairs, and L1": Trajectories([2], OURS | {"l1_weight": 0.01}),
     "CFD on SFD's pairs, K = 2": Trajectories([2], OURS | {"teacher_steps": 2}),
     "CFD on SFD's pairs, K = 8": Trajectories([2], OURS | {"teacher_steps": 8}),
+    "CFD on SFD's pairs, K = 16": Trajectories([1], OURS | {"teacher_steps": 16}),
     "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | {"ema_decay": 0.0}),
     "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
     "SFD-v by CFD": Trajectories([1, 2, 4], OURS, joint=True),
 }
+SEVERAL_BUDGETS = ("PD ladder", "RCFD ladder", "RCFD, base to 4 by 8", "SFD, no thresholding, no AFS",
+                   "CFD on SFD's pairs", "CFD on SFD's pairs, in stages", "CFD on SFD's pairs, in 3 stages")  # fmt: skip
 
 
 class Bench:
     """The teachers, classifiers, evaluators and images that every entry shares."""
 
     def __init__(self, args):
-        self.args, self.options = args, {}
+        self.args, self.data, self.options = args, args.data, {}
         self.images = load_image_data("digits")
-        if args.data == "fashion-mnist":
+        if self.data == "fashion-mnist":
             self.images = load_image_data("fashion-mnist", data_dir=args.data_dir, resolution=32)
             self.options = {"mixed_precision": "bf16"}
         self.accelerator = Accelerator(mixed_precision=self.options.get("mixed_precision", "no"))
 
     def folder(self, seed):
-        return ROOT / (f"runs/digits-seed{seed}" if self.args.data == "digits" else "runs/fashion_mnist")
+        return ROOT / (f"runs/digits-seed{seed}" if self.data == "digits" else "runs/fashion_mnist")
 
     def base(self, seed):
         return RCFDPipeline.from_pretrained(self.folder(seed) / "base")
 
     def classifier(self, seed):
-        name = "classifier" if self.args.data == "digits" else "resnet18-classifier"
+        name = "classifier" if self.data == "digits" else "resnet18-classifier"
         return load_feature_classifier(self.folder(seed) / name)
 
     def measure(self, pipeline, N, seed):
         """(distance, score) of a pipeline in N network evaluations."""
         judge = load_feature_classifier(self.folder(seed) / "evaluator")
         options = {"accelerator": self.accelerator, "batch_size": 256, "seed": seed}
-        evaluator = Evaluator(judge, self.images, name=f"{judge.config.backbone}-{self.args.data}", **options)
+        evaluator = Evaluator(judge, self.images, name=f"{judge.config.backbone}-{self.data}", **options)
         result = evaluator.evaluate_pipeline(pipeline, self.args.num_images, N, seed=seed, progress=False)
         return [result.to_dict()["metrics"][metric]["value"] for metric in ("fd", "is")]
 
@@ -156,33 +202,36 @@ def main():
     parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
     parser.add_argument("--data_dir", help="Folder of Fashion-MNIST's IDX files.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 1.0], help="Budgets, times the entries'.")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 0.25, 3.0],
+                        help="Budgets, times the entries'; all but 1 for a few entries only.")  # fmt: skip
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, metavar="NAME", help=f"Of {list(ENTRIES)}.")
     parser.add_argument("--num_images", type=int, default=3000, help="Generated images of each value.")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    bench, path = Bench(args), ROOT / f"runs/sfd/{args.data}/rows.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = [(seed, scale, name) for seed in args.seeds for scale in args.scales for name in args.entries or ENTRIES]
-    for seed, scale, name in wanted:
-        rows = read_rows(path)
-        if not any((row["seed"], row["scale"], row["method"]) == (seed, scale, name) for row in rows):
-            with tempfile.TemporaryDirectory() as folder:
-                for N, cost, pipeline in list(ENTRIES[name].run(scale, bench, seed, folder)):
-                    fd, score = bench.measure(pipeline, N, seed)
-                    print(
-                        f"{name}, seed {seed}, scale {scale}: {N} evaluations, cost {cost:.0f}, FD {fd:.2f}",
-                        flush=True,
-                    )
-                    rows.append({"method": name, "seed": seed, "scale": scale, "evaluations": N, "cost": cost,
-                                 "fd": fd, "is": score})  # fmt: skip
-            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    bench, folder = Bench(args), ROOT / "runs/sfd" / args.data
+    folder.mkdir(parents=True, exist_ok=True)
+    for scale in args.scales:
+        for name in args.entries or (ENTRIES if scale == 1 else SEVERAL_BUDGETS):
+            for seed in args.seeds:
+                path = folder / f"{name}, seed {seed}, scale {scale:g}.json"
+                if not path.is_file():
+                    rows = [{"method": name, "seed": seed, "scale": scale} | row for row in run(name, scale, seed, bench)]
+                    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     write_report()
 
 
-def read_rows(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+def run(name, scale, seed, bench):
+    """The rows of an entry: a student of each step count, its cost and its measures."""
+    with tempfile.TemporaryDirectory() as folder:
+        for N, cost, pipeline in ENTRIES[name].run(scale, bench, seed, folder):
+            fd, score = bench.measure(pipeline, N, seed)
+            print(f"{name}, seed {seed}, scale {scale:g}: {N} evaluations, {cost:.0f}, FD {fd:.2f}", flush=True)
+            yield {"evaluations": N, "cost": cost, "fd": fd, "is": score}
+
+
+def read_rows(folder):
+    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def means(rows):
@@ -203,7 +252,7 @@ def write_report():
     """`benchmarks/sfd.md` and a figure for each data set that has rows; what is written by hand at its end stays."""
     sections = []
     for data in ("digits", "fashion-mnist"):
-        rows = read_rows(ROOT / f"runs/sfd/{data}/rows.json")
+        rows = read_rows(ROOT / "runs/sfd" / data)
         if rows:
             curves, picture = means(rows), f"sfd_{data.replace('-', '_')}.png"
             draw(curves, ROOT / "benchmarks" / picture)

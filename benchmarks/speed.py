@@ -54,6 +54,8 @@ def main():
         print(f"{section}: {minutes:.0f} minutes so far", flush=True)
         if output:  # after each section, for what a run that is stopped has found
             output.write_text(report(rows, tried, minutes), encoding="utf-8")
+    if everything:
+        output.write_text(report(rows, tried, minutes, speed_training.profiles()), encoding="utf-8")
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ in both ways: by `torch.autograd.graph.saved_tensors_hooks` 27 MiB of student an
 them: 15 and 69 MiB of the student with `mixed_precision="bf16"`."""
 
 
-def report(rows, tried, minutes):
+def report(rows, tried, minutes, profiles=""):
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "timm"))
     table = "\n".join(line(found) for found in rows)
     command = " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]])
@@ -180,6 +182,10 @@ log-log, of an RCFD step and of its network's forward + backward alone.
 | figure | setting | median | quartiles | goal | met |
 |---|---|---:|---:|---:|---|
 {table}
+
+## What holds what misses its goal
+
+{profiles}
 
 {WHAT_HOLDS}
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from paired import DEVICE, components, line, pipeline_of, ratio, row
+from paired import DEVICE, PRESETS, components, line, pipeline_of, ratio, row
 from torch._dynamo.utils import counters
 from torch.fx.experimental.optimization import fuse
 
+from diffusers_rcfd import CFDDistillationConfig
+from diffusers_rcfd.fast_networks import frozen
 from diffusers_rcfd.optimization import average_step
 
 TRAINING = (("digits", 64), ("fashion-mnist", 16))
@@ -99,6 +101,19 @@ def bf16():
             yield f"{name}, {preset}, batch {batch_size}", in_bf16(function), function
 
 
+def narrow():
+    """Both ways under autocast; the weights of the frozen networks already in its type, or cast in every call."""
+    config = CFDDistillationConfig(mixed_precision="bf16")
+    for preset, batch_size in TRAINING:
+        _, teacher, classifier, z, t = inputs(preset, batch_size)
+        images = z.clone().requires_grad_()
+        kept, judge = frozen(config, teacher, DEVICE), frozen(config, classifier, DEVICE)
+        setting = f"{preset}, batch {batch_size}"
+        yield f"teacher forward, {setting}", in_bf16(forward(kept, z, t)), in_bf16(forward(teacher, z, t))
+        asked = in_bf16(classify(judge, images)), in_bf16(classify(classifier, images))
+        yield f"classifier forward + backward, {setting}", *asked
+
+
 def channels_last():
     for preset, batch_size in TRAINING:
         student, _, classifier, z, t = inputs(preset, batch_size)
@@ -126,6 +141,25 @@ def compiling():
         with torch._dynamo.config.patch(error_on_recompile=True):
             yield f"{name}, digits, batch 64, compiled in {seconds:.0f} s", quick, function(network)
         assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+
+
+def compiled_sampling():
+    """The network of a sampler for one image, where Python's share is the largest."""
+    for preset in ("digits", "fashion-mnist"):
+        unet, setting = pipeline_of(preset).unet, f"{preset}, batch 1"
+        z, t = torch.randn(1, unet.config.in_channels, *2 * [unet.config.sample_size], device=DEVICE), torch.tensor(512)
+        quick = forward(torch.compile(unet, dynamic=False), z, t.to(DEVICE))
+        began = time.perf_counter()
+        quick()
+        yield f"{setting}, compiled in {time.perf_counter() - began:.0f} s", quick, forward(unet, z, t.to(DEVICE))
+
+
+def checkpointing():
+    for preset, batch_size in TRAINING:
+        student, _, _, z, t = inputs(preset, batch_size)
+        again = copy.deepcopy(student)
+        again.enable_gradient_checkpointing()
+        yield f"student, {preset}, batch {batch_size}", forward_backward(again, z, t), forward_backward(student, z, t)
 
 
 def optimizer():
@@ -187,7 +221,7 @@ def other_backends():
     import onnxruntime
     import openvino
 
-    for preset, batch_size in (("digits", 1), ("digits", 64), ("fashion-mnist", 16), ("cifar10", 4)):
+    for preset, batch_size in (*((preset, 1) for preset in PRESETS), *TRAINING):
         pipeline = pipeline_of(preset)
         unet = Bare(pipeline.unet)
         z, t = torch.randn(batch_size, *pipeline.image_shape), torch.full((batch_size,), 512)
@@ -222,10 +256,16 @@ class Bare(torch.nn.Module):
 MEANS = [
     Mean("bf16 autocast", "0.6 for the networks with bf16 instructions, 0.9 for the smallest",
          "an option, `mixed_precision`; off by default, as it is slower without such instructions", bf16),
+    Mean("weights of the frozen networks in bf16", "0.97: a cast of 1 to 11 M weights in every call",
+         "kept, part of `mixed_precision`: the same numbers to the bit (a test), most where the classifier is large",
+         narrow),
     Mean("channels_last", "1.0: oneDNN blocks its own layouts", "an option for GPUs, off by default", channels_last),
     Mean("torch.compile", "0.8, after a minute of compiling for each network",
          "an option, `torch_compile`, off by default: only long runs earn the compiling back; no graph break, nothing "
          "compiled twice (asserted)", compiling),
+    Mean("torch.compile of a sampler's network", "0.4 for the smallest, 0.9 else", "", compiled_sampling),
+    Mean("gradient checkpointing of the student", "1.3: one more forward pass",
+         "an option, `gradient_checkpointing`, off by default: it buys memory with time", checkpointing),
     Mean("fused Adam", "0.5 of foreach, 0.2 of one by one", "kept, always on", optimizer),
     Mean("averages by foreach, no waiting", "0.5 of EMAModel.step",
          "kept, though no faster on a CPU: it leaves a skipped step out without waiting for the device", averaging),

@@ -32,6 +32,7 @@ def training(objective, preset="digits", batch_size=64, network=None, **options)
                                        logging_steps=50, checkpointing_steps=0, max_train_steps=[100_000],
                                        **options)  # fmt: skip
         trainer = CFDDistillationTrainer(pipeline, classifier, config, images)
+        del pipeline, classifier  # of which training may keep copies in another number type
         stage = next(trainer.stages(0))
         optimizer, lr_scheduler = trainer._prepare(stage, None)
         fixed = next(endless_batches(trainer.accelerator, images, config, trainer.state))
@@ -170,10 +171,12 @@ def memory(pairs):
         for objective in ("pd", "rcfd"):
             setting = {"preset": preset, "batch_size": batch_size, "objective": objective}
             plainly = [bytes_of(way="plain", **setting) for _ in range(min(pairs, 3))]
-            for mixed_precision in ("no", "bf16"):
-                ours = [bytes_of(way="ours", mixed_precision=mixed_precision, **setting) for _ in plainly]
+            for mixed_precision, again in (("no", False), ("no", True), ("bf16", False)):
+                options = {"mixed_precision": mixed_precision, "gradient_checkpointing": again}
+                ours = [bytes_of(way="ours", **setting, **options) for _ in plainly]
                 quartiles = statistics.quantiles([a / b for a, b in zip(ours, plainly, strict=True)], n=4)
                 text = f"{objective.upper()}, {preset}, batch {batch_size}, mixed_precision {mixed_precision}"
+                text += ", gradient_checkpointing" * again
                 yield row("memory of a step / the plain way's", text, quartiles, 0.8)
 
 
@@ -184,7 +187,7 @@ def bytes_of(**setting):
     return int(done.stdout.split()[-1])
 
 
-def measure_memory(way, preset, batch_size=64, objective="rcfd", mixed_precision="no", network=None):
+def measure_memory(way, preset, batch_size=64, objective="rcfd", network=None, **options):
     """Bytes at the peak of three steps, over those before networks and images were made.
 
     On a CPU it is the resident size of the process, whose peak Linux forgets when told to.
@@ -194,7 +197,7 @@ def measure_memory(way, preset, batch_size=64, objective="rcfd", mixed_precision
     if DEVICE.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
     if way == "ours":
-        with training(objective, preset, batch_size, network, mixed_precision=mixed_precision) as (_, step, _, _):
+        with training(objective, preset, batch_size, network, **options) as (_, step, _, _):
             for _ in range(3):
                 step()
     else:
@@ -212,6 +215,31 @@ def resident(name):
     """Bytes by which Linux counts this process's memory: "VmRSS" now, "VmHWM" at its peak."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
+
+
+# --- where the time goes ---------------------------------------------------------------------------------------------
+
+
+def profiles(steps=20, largest=8):
+    """A table of what an RCFD step spends its time on: shares of the operators' own time, by torch.profiler."""
+    shares = {}
+    for preset, batch_size in (("digits", 64), ("fashion-mnist", 16)):
+        for mixed_precision in ("no", "bf16"):
+            with training("rcfd", preset, batch_size, mixed_precision=mixed_precision) as (_, step, _, _):
+                step()
+                with torch.profiler.profile() as profile:
+                    for _ in range(steps):
+                        step()
+            spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+            total = sum(spent.values())
+            shares[f"{preset}, {mixed_precision}"] = {name: time / total for name, time in spent.items()}
+    names = sorted({name for column in shares.values() for name in column},
+                   key=lambda name: -max(column.get(name, 0) for column in shares.values()))  # fmt: skip
+    lines = [f"| operator | {' | '.join(shares)} |", "|---|" + "---:|" * len(shares)]
+    for name in names[:largest]:
+        lines.append(f"| `{name}` | " + " | ".join(f"{column.get(name, 0):.1%}" for column in shares.values()) + " |")
+    rest = (sum(column.get(name, 0) for name in names[largest:]) for column in shares.values())
+    return "\n".join([*lines, "| all others | " + " | ".join(f"{share:.1%}" for share in rest) + " |"])
 
 
 # --- growth ----------------------------------------------------------------------------------------------------------

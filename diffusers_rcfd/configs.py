@@ -213,6 +213,9 @@ class TrainingConfig:
 class GeneratorConfig(TrainingConfig):
     """What the trainers of generators share."""
 
+    gradient_checkpointing: bool = option(
+        False, "Compute the U-Net's activations again in the backward pass: less memory for more time."
+    )
     eval_num_images: int = option(5000, "Images of an evaluation while training.")
     best_metric: str = option("fd", f"Metric by which the best weights are kept in `best/`: of {METRICS}.")
     load_best_model_at_end: bool = option(False, "The best weights are the result, not the last ones.")

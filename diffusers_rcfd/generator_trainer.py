@@ -69,8 +69,14 @@ class GeneratorTrainer(Trainer):
                 self.record_evaluation(pipeline.scheduler.num_inference_steps, result)
         self.accelerator.wait_for_everyone()
 
+    def _prepare(self, stage: Stage, checkpoint: Path | None):
+        if self.config.gradient_checkpointing:
+            stage.model.enable_gradient_checkpointing()
+        return super()._prepare(stage, checkpoint)
+
     def choose_weights(self, stage: Stage) -> None:
         """Put the best weights into the model of a stage that is done, where that is asked for."""
+        stage.model.disable_gradient_checkpointing()
         if self.config.load_best_model_at_end:
             best = RCFDPipeline.from_pretrained(str(self._best_folder(stage)))
             stage.model.load_state_dict(best.unet.state_dict())

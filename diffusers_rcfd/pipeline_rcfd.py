@@ -59,6 +59,11 @@ class RCFDPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @property
+    def components(self) -> dict:
+        """Network and scheduler by their names. Diffusers asks after each call, and would inspect the signature."""
+        return {"unet": self.unet, "scheduler": self.scheduler}
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
         size = self.unet.config.sample_size

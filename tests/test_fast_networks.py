@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, load_image_data
-from diffusers_rcfd.fast_networks import compiled, frozen, laid_out
+from diffusers_rcfd.fast_networks import compiled, frozen, laid_out, narrowed
 from diffusers_rcfd.losses import diversity, entropy, feature_kl
 from tests.toys import parameters, tiny_classifier, tiny_teacher, tiny_unet
 
@@ -140,6 +140,25 @@ def test_channels_last_is_of_training_alone(tmp_path, digits):
     torch.testing.assert_close(load_file(tmp_path / WEIGHTS), student.unet.state_dict(), rtol=0, atol=0)
 
 
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(tmp_path, digits):
+    """Losses and weights are bit-identical, fewer bytes wait for the backward pass, and the student is a plain one."""
+    kept, students = {}, {}
+    for name, given in (("off", False), ("on", True)):
+        run = trainer(tmp_path / name, digits, 5, objective=["pd"], gradient_checkpointing=given)
+        saved, compute_loss = [], run.compute_loss
+
+        def counted(batch, saved=saved, compute_loss=compute_loss):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+                return compute_loss(batch)
+
+        run.compute_loss = counted
+        students[name], kept[name] = run.train().unet, sum(saved)
+    assert torch.equal(curve(tmp_path / "on"), curve(tmp_path / "off"))
+    assert torch.equal(parameters(students["on"]), parameters(students["off"]))
+    assert kept["on"] < 0.5 * kept["off"]
+    assert not students["on"].is_gradient_checkpointing
+
+
 def is_channels_last(network):
     weights = [weight for weight in network.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
     return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
@@ -194,3 +213,33 @@ def test_networks_are_themselves_without_the_options():
     assert laid_out(config, network) is compiled(config, network) is network
     assert frozen(config, network, torch.device("cpu")) is network
     assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("make", [tiny_unet, classifier], ids=["teacher", "classifier"])
+@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
+def test_frozen_networks_keep_less_and_compute_the_same(make, mixed_precision):
+    """Values and gradients are bit-identical under autocast, and the given network is left as it is."""
+    network = make().eval().requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    kept = frozen(CFDDistillationConfig(mixed_precision=mixed_precision), network, torch.device("cpu"))
+    dtype, answers = {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision], []
+    for each in (network, kept):
+        images = torch.linspace(-1, 1, 256).view(4, 1, 8, 8).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            output = each(images, torch.arange(4)).sample if make is tiny_unet else each(images).features
+        output.float().square().sum().backward()
+        answers.append((output, images.grad))
+    for ours, theirs in zip(*answers, strict=True):
+        assert torch.equal(ours, theirs) and ours.abs().sum() > 0
+    assert memory_of(kept) < 0.6 * memory_of(network)
+    for name, value in network.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+
+
+def memory_of(network):
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def test_narrowed_is_the_network_itself_in_float32():
+    network = tiny_unet()
+    assert narrowed(CFDDistillationConfig(), network) is network
