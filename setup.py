@@ -28,8 +28,12 @@ INSTALL_REQUIRES = [
     "transformers>=5.20",
 ]
 
+# Sampling on CPUs; the exporter of torch.onnx needs onnxscript.
+ONNX_REQUIRES = ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5.4"]
+
 # ruff formats differently from one minor version to the next, hence "~=".
 TEST_REQUIRES = [
+    *ONNX_REQUIRES,
     "hypothesis>=6.100",
     "pytest>=8.2",
     "pytest-xdist>=3.6.1",
@@ -62,6 +66,7 @@ setup(
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "test": TEST_REQUIRES,
+        "onnx": ONNX_REQUIRES,
         "demo": DEMO_REQUIRES,
         "dev": [*TEST_REQUIRES, *DEMO_REQUIRES, "pre-commit>=4.0"],
     },

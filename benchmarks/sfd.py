@@ -3,7 +3,7 @@
     python benchmarks/sfd.py --seeds 0 1 2                            # digits, on the runs of benchmarks/digits.py
     python benchmarks/sfd.py --data fashion-mnist --data_dir FOLDER   # on those of benchmarks/fashion_mnist.py
 
-Every run is measured by the same evaluator, which no loss sees; what lies measured in runs/sfd is not run again, so that
+Every run is measured by the same evaluator, which no loss sees; what lies measured in runs/sfd is not run again, and
 several processes can share the work, by seeds or by entries.
 """
 
@@ -42,7 +42,7 @@ BACKWARD = 2  # a backward pass counts as two forward ones
 class Ladder:
     """A ladder of rungs: student steps, teacher steps and iterations of each.
 
-    `finished` is where, for each data set, the benchmark of that data set has run this very ladder; it is not run twice.
+    `finished` is where, for each data set, its own benchmark has run this very ladder, which is not run twice.
     """
 
     student_steps: list[int]
@@ -163,8 +163,13 @@ ENTRIES = {
     "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
     "SFD-v by CFD": Trajectories([1, 2, 4], OURS, joint=True),
 }
-SEVERAL_BUDGETS = ("PD ladder", "RCFD ladder", "RCFD, base to 4 by 8", "SFD, no thresholding, no AFS",
-                   "CFD on SFD's pairs", "CFD on SFD's pairs, in stages", "CFD on SFD's pairs, in 3 stages")  # fmt: skip
+SEVERAL_BUDGETS = (
+    "PD ladder",
+    "RCFD ladder",
+    "RCFD, base to 4 by 8",
+    "SFD, no thresholding, no AFS",
+    "CFD on SFD's pairs, in stages",
+)
 
 
 class Bench:
@@ -216,7 +221,8 @@ def main():
             for seed in args.seeds:
                 path = folder / f"{name}, seed {seed}, scale {scale:g}.json"
                 if not path.is_file():
-                    rows = [{"method": name, "seed": seed, "scale": scale} | row for row in run(name, scale, seed, bench)]
+                    setting = {"method": name, "seed": seed, "scale": scale}
+                    rows = [setting | row for row in run(name, scale, seed, bench)]
                     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     write_report()
 

@@ -4,8 +4,8 @@
     python benchmarks/speed.py --sections sampler data
 
 Each figure is the median ratio of alternating pairs of runs with its quartiles; absolute times say nothing on a
-machine that others share. Needs only the package; run it where nothing else runs. OpenVINO and ONNX Runtime are among
-the means where `openvino`, `onnxruntime` and `onnx` are installed.
+machine that others share. Needs the package with its extra `onnx`; run it where nothing else runs. OpenVINO is among
+the means where it is installed.
 """
 
 import argparse

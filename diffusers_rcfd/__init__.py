@@ -29,6 +29,7 @@ _MODULE_OF = {
     "build_unet": "unet_presets",
     "load_feature_classifier": "feature_classifier",
     "load_image_data": "image_data",
+    "to_onnx_runtime": "onnx_runtime",
 }
 
 __all__ = list(_MODULE_OF)
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from diffusers_rcfd.feature_classifier import load_feature_classifier as load_feature_classifier
     from diffusers_rcfd.image_data import ImageData as ImageData
     from diffusers_rcfd.image_data import load_image_data as load_image_data
+    from diffusers_rcfd.onnx_runtime import to_onnx_runtime as to_onnx_runtime
     from diffusers_rcfd.pipeline_rcfd import RCFDPipeline as RCFDPipeline
     from diffusers_rcfd.scheduling_rcfd import RCFDScheduler as RCFDScheduler
     from diffusers_rcfd.sfd_config import SFDDistillationConfig as SFDDistillationConfig

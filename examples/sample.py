@@ -24,6 +24,7 @@ class Sampling:
     seed: int = option(0, "Seed of the noise; image i is the same in any batch size.")
     device: str | None = option(None, "Device, e.g. 'cuda'; unset: the best there is.")
     dtype: str = option("float32", "Number type of the network: 'float32', 'bfloat16' or 'float16'.")
+    onnx_runtime: bool = option(False, "Run the network in ONNX Runtime, faster on CPUs: for dtype float32 on 'cpu'.")
 
     def __post_init__(self):
         require_count("num_images", self.num_images, 1)
@@ -31,6 +32,8 @@ class Sampling:
         require_count("seed", self.seed, 0)
         types = ("float32", "bfloat16", "float16")
         require(self.dtype in types, "dtype", self.dtype, f"one of {types}")
+        plain = not self.onnx_runtime or (self.dtype == "float32" and self.device in (None, "cpu"))
+        require(plain, "onnx_runtime", True, "False with another dtype than float32 or another device than 'cpu'")
         target = Path(self.output)
         require(not target.is_dir() or not any(target.iterdir()), "output", self.output, "a new file or empty folder")
         require(
@@ -46,11 +49,13 @@ def main():
     from PIL import Image
     from torchvision.utils import save_image
 
-    from diffusers_rcfd import RCFDPipeline
+    from diffusers_rcfd import RCFDPipeline, to_onnx_runtime
     from diffusers_rcfd.image_sampling import generate_images
 
     pipeline = RCFDPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
-    pipeline.to(options.device or Accelerator().device)
+    pipeline.to("cpu" if options.onnx_runtime else options.device or Accelerator().device)
+    if options.onnx_runtime:
+        pipeline = to_onnx_runtime(pipeline)
     labels = "balanced" if options.class_label is None else [options.class_label] * options.num_images
     batches = generate_images(
         pipeline,

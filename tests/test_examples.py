@@ -175,6 +175,11 @@ def test_train_teacher_classifier_and_sample(tmp_path):
     assert len(files) == 5
     for image, file in zip(images, files, strict=True):
         np.testing.assert_allclose(image[..., 0].astype(int), np.asarray(Image.open(file)).astype(int), atol=1)
+    run("sample.py", *options, "--output", tmp_path / "onnx.npz", "--onnx_runtime")
+    again = np.load(tmp_path / "onnx.npz")["images"]
+    np.testing.assert_allclose(again.astype(int), images.astype(int), atol=1)
+    refused = run("sample.py", *options, "--output", "x.png", "--onnx_runtime", "--device", "cuda", expect=2)
+    assert "`onnx_runtime` must be False with another dtype" in refused.stderr
     refused = run("sample.py", *options, "--output", tmp_path / "images", expect=2)
     assert "`output` must be a new file or empty folder" in refused.stderr
 
