@@ -143,6 +143,7 @@ SECTIONS = {
     "plain": speed_training.plain,
     "memory": speed_training.memory,
     "data": speed_training.data,
+    "utilisation": speed_training.utilisation,
     "start": start,
     "growth": speed_training.growth,
 }
@@ -174,10 +175,11 @@ def report(rows, tried, minutes, profiles=""):
 Written by `{command}`
 on {date.today()} in {minutes:.0f} minutes. {machine()}, Python {platform.python_version()}, {packages}. {timed}; load
 average {os.getloadavg()[1]:.1f}. Each figure is the median over alternating pairs, with its quartiles;
-lower is better. "pipeline / network": a call over as many bare forwards. "The plain way": the same algorithm as
+lower is better, but for the share of the matrix rate. "pipeline / network": a call over as many bare forwards. "The plain way": the same algorithm as
 research code has it, eager, float32, Adam unfused, the loss read at every step, images from PIL one by one. Memory is
 the peak over what there was before networks and images were made, each way in processes of its own. Slopes are
-log-log, of an RCFD step and of its network's forward + backward alone.
+log-log, of an RCFD step and of its network's forward + backward alone. The share of the matrix rate: a step's FLOPs a
+second over those of a product of two 2048 x 2048 matrices of the same number type.
 
 | figure | setting | median | quartiles | goal | met |
 |---|---|---:|---:|---:|---|

@@ -20,7 +20,7 @@ from diffusers_rcfd.optimization import average_step
 TRAINING = (("digits", 64), ("fashion-mnist", 16))
 
 NOT_MEASURED = """Not measured, for want of a GPU: CUDA graphs for few-step sampling, pinned and prefetched images,
-the share of the card's matrix rate. Not tried, as there is nothing to gain: teacher and student share inputs but no
+the share of a card's matrix rate. Not tried, as there is nothing to gain: teacher and student share inputs but no
 weights, so one pass cannot serve both; each image is resized for the classifier once already; the noise is new in
 every step, so no teacher target comes twice."""
 

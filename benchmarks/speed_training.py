@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from paired import DEVICE, components, ratio, row, seconds
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer
 from diffusers_rcfd.batches import endless_batches
@@ -215,6 +216,24 @@ def resident(name):
     """Bytes by which Linux counts this process's memory: "VmRSS" now, "VmHWM" at its peak."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
+
+
+# --- the hardware ----------------------------------------------------------------------------------------------------
+
+
+def utilisation(pairs, size=2048):
+    """FLOPs of a step (convolutions, matrix products, attention; two for a multiply-add) a second, as a share of
+    those that a product of two large matrices of the same number type reaches.
+    """
+    for preset, batch_size in (("digits", 64), ("fashion-mnist", 16)):
+        for mixed_precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+            with training("rcfd", preset, batch_size, mixed_precision=mixed_precision) as (_, step, _, _):
+                with FlopCounterMode(display=False) as counter:
+                    step()
+                matrix, count = torch.randn(size, size, dtype=dtype, device=DEVICE), counter.get_total_flops()
+                times = ratio(lambda m=matrix: m @ m, step, pairs, 0.3)
+            setting = f"RCFD, {preset}, batch {batch_size}, {count / 1e9:.1f} GFLOP, mixed_precision {mixed_precision}"
+            yield row("share of the matrix rate", setting, [count / (2 * size**3) * time for time in times], None)
 
 
 # --- where the time goes ---------------------------------------------------------------------------------------------

@@ -306,7 +306,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         nodes = self._nodes[N]
         if self.config.analytical_first_step:
             alpha, sigma = (table[nodes[:2]].tolist() for table in (self.alpha, self.sigma))
-            self.init_noise_sigma = alpha[0] * alpha[1] / (1 + sigma[0]) + sigma[1]
+            self.init_noise_sigma = self.config.data_std**2 * alpha[0] * alpha[1] / (1 + sigma[0]) + sigma[1]
             nodes = nodes[1:]
         return nodes[::-1]
 

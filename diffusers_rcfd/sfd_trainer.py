@@ -246,7 +246,8 @@ class SFDDistillationTrainer(GeneratorTrainer):
         steps = [(*nodes, target) for nodes, target in zip(pairwise(route.student), targets, strict=True)]
         if self.config.analytical_first_step:
             k, k_next, _ = steps.pop(0)
-            x = analytical_first_step(x, self.nu[k].item(), self.nu[k_next].item())
+            s, s_next = self.nu[k].item(), self.nu[k_next].item()
+            x = analytical_first_step(x, s, s_next, self.scheduler.config.data_std)
         return Walk(x, embedding_rows(labels, row, len(self.routes), self.num_classes, x), steps)
 
     def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -276,7 +277,9 @@ class SFDDistillationTrainer(GeneratorTrainer):
         config, counts = self.config, len(self.teacher.scheduler.trained_steps)
         if self.second_stage:
             labels = embedding_rows(labels, self._teacher_row(), counts, self.num_classes, x)
-            solver = {"solver": "euler", "analytical_first": self.teacher.scheduler.config.analytical_first_step}
+            teacher = self.teacher.scheduler.config
+            solver = {"solver": "euler", "analytical_first": teacher.analytical_first_step,
+                      "data_std": teacher.data_std}  # fmt: skip
         else:
             solver = {"solver": config.teacher_solver, "order": config.solver_order,
                       "thresholding": config.dynamic_thresholding}  # fmt: skip

@@ -88,9 +88,9 @@ def euler_step(x: torch.Tensor, denoised: torch.Tensor, s: float, s_next: float)
     return torch.lerp(denoised, x, s_next / s)
 
 
-def analytical_first_step(x: torch.Tensor, s: float, s_next: float) -> torch.Tensor:
-    """Euler step without a network: at high noise (x - D) / s is x / sqrt(1 + s^2), all but the same (AFS)."""
-    return x * (1 + (s_next - s) / math.sqrt(1 + s**2))
+def analytical_first_step(x: torch.Tensor, s: float, s_next: float, data_std: float = 1.0) -> torch.Tensor:
+    """Euler step without a network (AFS): at high noise (x - D) / s is all but x / sqrt(data_std^2 + s^2)."""
+    return x * (1 + (s_next - s) / math.hypot(data_std, s))
 
 
 def dpm_solver_step(x: torch.Tensor, denoised: Sequence[torch.Tensor], levels: Sequence[float]) -> torch.Tensor:
@@ -136,6 +136,7 @@ def solve(
     order: int = 3,
     thresholding: bool = True,
     analytical_first: bool = False,
+    data_std: float = 1.0,
 ) -> list[torch.Tensor]:
     """Follow the probability flow through `nodes`; the states at all of them, the first being x itself.
 
@@ -151,11 +152,12 @@ def solve(
         order (`int`, defaults to 3): of DPM-Solver++, 1 to 3; the first steps and the last have lower orders.
         thresholding (`bool`, defaults to `True`): `dynamic_threshold` of each D of DPM-Solver++.
         analytical_first (`bool`, defaults to `False`): take the first step analytically, without an evaluation.
+        data_std (`float`, defaults to 1.0): that step's, see `RCFDScheduler`.
     """
     states, buffer = [x], []  # of denoised images, newest first
     for i, (s, s_next) in enumerate(pairwise(nodes)):
         if i == 0 and analytical_first:
-            x = analytical_first_step(x, s, s_next)
+            x = analytical_first_step(x, s, s_next, data_std)
         elif solver == "dpm-solver++":
             D = denoise(x, i)
             buffer = [dynamic_threshold(D) if thresholding else D, *buffer[: order - 1]]

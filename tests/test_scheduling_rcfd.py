@@ -349,9 +349,10 @@ def test_nodes_are_counted_as_network_evaluations():
             with_afs.set_timesteps(wrong)
 
 
-def test_closed_form_analytical_first_step_scales_the_noise():
+@pytest.mark.parametrize("data_std", [1.0, 0.5])
+def test_closed_form_analytical_first_step_scales_the_noise(data_std):
     """The DDIM step with eps = z, which changes with the second node."""
-    scheduler = RCFDScheduler(nodes=NODES, analytical_first_step=True)
+    scheduler = RCFDScheduler(nodes=NODES, analytical_first_step=True, data_std=data_std)
     z = torch.randn(2, 1, 4, 4, dtype=torch.float64)
     for N, k in ((2, 964), (3, 990)):
         scheduler.set_timesteps(N)

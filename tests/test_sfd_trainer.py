@@ -10,6 +10,7 @@ from diffusers_rcfd import (
     CFDDistillationTrainer,
     Evaluator,
     RCFDPipeline,
+    RCFDScheduler,
     SFDDistillationConfig,
     SFDDistillationTrainer,
     load_image_data,
@@ -198,14 +199,16 @@ def test_sfd_v_starts_as_the_teacher_and_learns_its_step_counts(tmp_path):
         loaded(num_inference_steps=4)
 
 
-def test_sampling_follows_the_trajectory_of_training(tmp_path):
-    run = begin(trainer(tmp_path, analytical_first_step=True))
+@pytest.mark.parametrize("data_std", [1.0, 0.5])
+def test_sampling_follows_the_trajectory_of_training(tmp_path, data_std):
+    teacher = RCFDPipeline(tiny_teacher().unet, RCFDScheduler(data_std=data_std))
+    run = begin(trainer(tmp_path, teacher, analytical_first_step=True))
     batch, states = batch_of(run), []
     run._terms_at_node = lambda x0, x0_target, x_next, target, last: states.append(x_next.detach()) or {}
     list(losses(run, batch))
     pipe = RCFDPipeline(run.model, run.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    expected = (run.scheduler.alpha[0].item() * states[-1] / 2 + 0.5).clamp(0, 1)
+    expected = (data_std * run.scheduler.alpha[0].item() * states[-1] / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(pipe(4, latents=batch["noise"], output_type="pt").images, expected, rtol=0, atol=1e-4)
 
 

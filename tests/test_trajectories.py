@@ -70,9 +70,10 @@ def test_student_nodes_are_among_the_teachers():
     torch.testing.assert_close(levels, torch.tensor([80, 54, 28, 2, 2 - 1.9 / 3, 2 - 3.8 / 3, 0.1]).double())
 
 
-def test_closed_form_variance_preserving_identities():
+@pytest.mark.parametrize("data_std", [1.0, 0.5])
+def test_closed_form_variance_preserving_identities(data_std):
     """Euler is the DDIM step, the analytical first step takes z for eps, and D* is the teacher target there."""
-    scheduler = RCFDScheduler()
+    scheduler = RCFDScheduler(data_std=data_std)
     z, x0 = noise(), noise(seed=1)
     t, s = 1016, 964
     (alpha, alpha_s), (sigma, sigma_s) = scheduler.alpha[[t, s]], scheduler.sigma[[t, s]]
@@ -80,8 +81,8 @@ def test_closed_form_variance_preserving_identities():
     eps = (z - alpha * x0) / sigma
     step = alpha_s * euler_step(z / alpha, x0, nu, nu_s)
     torch.testing.assert_close(step, alpha_s * x0 + sigma_s * eps, rtol=1e-5, atol=1e-5)
-    step = alpha_s * analytical_first_step(z / alpha, nu, nu_s)
-    torch.testing.assert_close(step, (alpha_s * alpha / (1 + sigma) + sigma_s) * z, rtol=1e-5, atol=1e-5)
+    step = alpha_s * analytical_first_step(z / alpha, nu, nu_s, data_std)
+    torch.testing.assert_close(step, (data_std**2 * alpha_s * alpha / (1 + sigma) + sigma_s) * z, rtol=1e-5, atol=1e-5)
     as_eps = alpha_s * (z - sigma * z) / alpha + sigma_s * z  # DDIM with eps = z
     torch.testing.assert_close(step, as_eps, rtol=1e-5, atol=1e-5)
 
