@@ -175,11 +175,11 @@ def report(rows, tried, minutes, profiles=""):
 Written by `{command}`
 on {date.today()} in {minutes:.0f} minutes. {machine()}, Python {platform.python_version()}, {packages}. {timed}; load
 average {os.getloadavg()[1]:.1f}. Each figure is the median over alternating pairs, with its quartiles;
-lower is better, but for the share of the matrix rate. "pipeline / network": a call over as many bare forwards. "The plain way": the same algorithm as
-research code has it, eager, float32, Adam unfused, the loss read at every step, images from PIL one by one. Memory is
-the peak over what there was before networks and images were made, each way in processes of its own. Slopes are
-log-log, of an RCFD step and of its network's forward + backward alone. The share of the matrix rate: a step's FLOPs a
-second over those of a product of two 2048 x 2048 matrices of the same number type.
+lower is better, but for the share of the matrix rate. "pipeline / network": a call over as many bare forwards. "The
+plain way": the same algorithm as research code has it, eager, float32, Adam unfused, the loss read at every step,
+images from PIL one by one. Memory is the peak over what there was before networks and images were made, each way in
+processes of its own. The share of the matrix rate: a step's FLOPs a second over those of a product of two 2048 x 2048
+matrices of the same number type. Slopes are log-log, of an RCFD step and of its network's forward + backward alone.
 
 | figure | setting | median | quartiles | goal | met |
 |---|---|---:|---:|---:|---|
