@@ -161,6 +161,7 @@ ENTRIES = {
     "CFD on SFD's pairs, K = 16": Trajectories([1], OURS | {"teacher_steps": 16}),
     "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | {"ema_decay": 0.0}),
     "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
+    "SFD-v, no thresholding, no AFS": Trajectories([1, 2, 4], PAPER | OWN_NODES, joint=True),
     "SFD-v by CFD": Trajectories([1, 2, 4], OURS, joint=True),
 }
 SEVERAL_BUDGETS = (

@@ -32,9 +32,7 @@ def to_onnx_runtime(pipeline: RCFDPipeline, num_threads: int | None = None) -> R
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"ONNX Runtime needs {', '.join(missing)}: pip install diffusers_rcfd[onnx].")
-    weight = next(pipeline.unet.parameters())
-    if (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
-        raise ValueError(f"`pipeline` must be in float32 on the CPU, got {weight.dtype} on {weight.device}.")
+    check_float32_on_cpu("pipeline", next(pipeline.unet.parameters()))
     num_threads = torch.get_num_threads() if num_threads is None else num_threads
     if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
         raise ValueError(f"`num_threads` must be a positive integer, got {num_threads!r}.")
@@ -57,11 +55,18 @@ class _Session:
         self.names = [given.name for given in self.session.get_inputs()]
 
     def __call__(self, sample, timestep, class_labels=None, return_dict=True):
+        check_float32_on_cpu("sample", sample)  # the pipeline may have been moved since
         timesteps = torch.as_tensor(timestep).to(torch.int64).expand(len(sample))
         given = [sample, timesteps] if class_labels is None else [sample, timesteps, class_labels]
         feed = {name: value.detach().numpy() for name, value in zip(self.names, given, strict=True)}
         output = torch.from_numpy(self.session.run(None, feed)[0])
         return UNet2DOutput(sample=output) if return_dict else (output,)
+
+
+def check_float32_on_cpu(name: str, tensor: torch.Tensor) -> None:
+    """Raise a `ValueError` that names what is of another number type or on another device."""
+    if (tensor.dtype, tensor.device.type) != (torch.float32, "cpu"):
+        raise ValueError(f"`{name}` must be in float32 on the CPU, got {tensor.dtype} on {tensor.device}.")
 
 
 def exported(unet: UNet2DModel) -> bytes:

@@ -75,6 +75,12 @@ def test_other_number_types_are_refused():
         to_onnx_runtime(tiny_teacher().to(torch.bfloat16))
 
 
+def test_a_pipeline_moved_since_is_refused(base):
+    moved = to_onnx_runtime(RCFDPipeline(copy.deepcopy(base.unet), base.scheduler)).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="`sample` must be in float32 on the CPU, got torch.bfloat16"):
+        moved(num_inference_steps=1)
+
+
 def test_missing_package_is_named(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"onnxscript: pip install diffusers_rcfd\[onnx\]"):
