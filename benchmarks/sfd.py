@@ -15,6 +15,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -106,6 +107,27 @@ class Stages:
             yield N, cost, teacher
 
 
+@dataclass
+class Teacher:
+    """The teacher's own trajectories in several numbers of evaluations; nothing is trained."""
+
+    evaluations: list[int]
+    options: dict
+
+    def run(self, scale, bench, seed, folder):
+        """As `Ladder.run`."""
+        for K in self.evaluations:
+            config = SFDDistillationConfig(folder, student_steps=[1], teacher_steps=K, **self.options)
+            yield K, 0, partial(end_of_trajectory, SFDDistillationTrainer(bench.base(seed), None, config))
+
+
+def end_of_trajectory(trainer, noise, labels):
+    """The teacher's images in [0, 1], (B, C, H, W), from z (B, C, H, W) at the first node."""
+    route, alpha = trainer.routes[0], trainer.scheduler.alpha
+    last = trainer.teacher_states(noise / alpha[route.student[0]].item(), route, labels)[-1]
+    return (alpha[route.student[-1]].item() * last / 2 + 0.5).clamp(0, 1)
+
+
 def train_sfd(bench, seed, teacher, folder, counts, batches, options):
     """A student of SFD and its cost in forward equivalents."""
     batches = max(1, round(batches))
@@ -161,8 +183,12 @@ ENTRIES = {
     "CFD on SFD's pairs, K = 16": Trajectories([1], OURS | {"teacher_steps": 16}),
     "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | {"ema_decay": 0.0}),
     "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
+    "CFD on SFD's pairs, 4 by 8": Trajectories([4], OURS | {"teacher_steps": 2}),
+    "CFD on SFD's pairs, 1 by 8": Trajectories([1], OURS | {"teacher_steps": 8}),
     "SFD-v, no thresholding, no AFS": Trajectories([1, 2, 4], PAPER | OWN_NODES, joint=True),
     "SFD-v by CFD": Trajectories([1, 2, 4], OURS, joint=True),
+    "teacher": Teacher([4, 8, 16, 32], OWN_NODES),
+    "teacher, thresholding": Teacher([4, 8, 16, 32], OWN_NODES | {"dynamic_thresholding": True}),
 }
 SEVERAL_BUDGETS = (
     "PD ladder",
@@ -268,6 +294,7 @@ def write_report():
                 f"## {data}, seeds {', '.join(map(str, seeds))}",
                 f"![FD against cost]({picture})",
                 table(curves),
+                teacher_table(curves),
             ]
     path = ROOT / "benchmarks/sfd.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -293,10 +320,23 @@ def table(curves):
     lines = ["| evaluations | method | cost | of the paper's ladder | FD | score |", "|---:|---|---:|---:|---:|---:|"]
     for N in EVALUATIONS:
         for (method, number), points in curves.items():
-            for cost, fd, spread, score, _ in points if number == N else ():
+            for cost, fd, spread, score, _ in points if number == N and points[0][0] else ():
                 share = cost / PAPER_LADDER[N]
                 lines.append(f"| {N} | {method} | {cost:.0f} | {share:.2%} | {fd:.2f} ± {spread:.2f} | {score:.2f} |")
     return "\n".join(lines)
+
+
+def teacher_table(curves):
+    """Of the teacher's own trajectories, which SFD's students learn; FD in each number of evaluations."""
+    methods = [method for method in ("teacher", "teacher, thresholding") if (method, 8) in curves]
+    if not methods:
+        return ""
+    counts = sorted({N for method, N in curves if method in methods})
+    lines = [f"| evaluations of the base model | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
+    for method in methods:
+        cells = (curves[method, N][0] for N in counts)
+        lines.append(f"| {method} | " + " | ".join(f"{fd:.2f} ± {spread:.2f}" for _, fd, spread, *_ in cells) + " |")
+    return "The teacher's own trajectories, FD:\n\n" + "\n".join(lines)
 
 
 def draw(curves, path):
@@ -308,12 +348,13 @@ def draw(curves, path):
 
     figure, axes = pyplot.subplots(1, len(EVALUATIONS), figsize=(15, 5), sharey=True)
     methods = {method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys(method for method, _ in curves))}
+    shapes = {method: "os^vD"[i // 10 % 5] for i, method in enumerate(methods)}
     for axis, N in zip(axes, EVALUATIONS, strict=True):
         for (method, number), points in curves.items():
-            if number == N:
+            if number == N and points[0][0]:
                 costs, distances, spreads, *_ = zip(*points, strict=True)
                 style = {"color": methods[method], "linestyle": "-" if "ladder" in method else "--"}
-                axis.errorbar(costs, distances, spreads, marker="o", capsize=2, label=method, **style)
+                axis.errorbar(costs, distances, spreads, marker=shapes[method], capsize=2, label=method, **style)
         axis.set(
             xscale="log", yscale="log", xlabel="cost, forward equivalents", title=f"{N} evaluation{'s' * (N > 1)}"
         )
