@@ -211,14 +211,17 @@ def test_recipes_of_sfd_hold_only_known_options(recipe, monkeypatch):
 
 
 def test_sfd_job_with_a_comparison(tmp_path):
-    """SFD-v with the feature loss on a given teacher and classifiers, beside another student, and then once more."""
+    """SFD-v with the feature loss on a given teacher and classifiers, beside another student; then once more, refused;
+    and the second stage from that student.
+    """
     tiny_teacher().save_pretrained(tmp_path / "teacher")
     tiny_teacher(2).save_pretrained(tmp_path / "students/2-step")
     tiny_classifier().save_pretrained(tmp_path / "classifier")
-    small = ["--teacher", tmp_path / "teacher", "--classifier", tmp_path / "classifier", "--evaluator",
-             tmp_path / "classifier", "--compare_with", tmp_path / "students/2-step", "--student_steps", 1, 2,
-             "--objective", "cfd", "--max_train_steps", 2, "--train_batch_size", 4, "--sample_steps", 0,
-             "--num_eval_images", 32, "--cpu_threads", 1, "--output_dir", tmp_path / "run"]  # fmt: skip
+    classifiers = ["--classifier", tmp_path / "classifier", "--evaluator", tmp_path / "classifier"]
+    common = [*classifiers, "--objective", "cfd", "--max_train_steps", 2, "--train_batch_size", 4, "--sample_steps", 0,
+              "--num_eval_images", 32, "--cpu_threads", 1]  # fmt: skip
+    small = ["--teacher", tmp_path / "teacher", "--compare_with", tmp_path / "students/2-step", *common,
+             "--student_steps", 1, 2, "--output_dir", tmp_path / "run"]  # fmt: skip
     run("distill_sfd.py", *small)
     rows = json.loads((tmp_path / "run/comparison.json").read_text())
     assert [(row["method"], row["num_inference_steps"]) for row in rows] == [
@@ -227,6 +230,10 @@ def test_sfd_job_with_a_comparison(tmp_path):
     assert RCFDPipeline.from_pretrained(tmp_path / "run/student").scheduler.trained_steps == [1, 2]
     refused = run("distill_sfd.py", *small, expect=1)
     assert "`output_dir` must be an empty folder" in refused.stderr
+    run("distill_sfd.py", "--teacher", tmp_path / "run/student", *common, "--student_steps", 1, "--output_dir",
+        tmp_path / "one")  # fmt: skip
+    rows = json.loads((tmp_path / "one/comparison.json").read_text())
+    assert [(row["method"], row["num_inference_steps"]) for row in rows] == [("teacher", 2), ("SFD cfd", 1)]
 
 
 def test_evaluate_and_compare(tmp_path):
