@@ -148,8 +148,7 @@ def plain(pairs):
                     batches = endless_batches(
                         trainer.accelerator, trainer.train_dataset, trainer.config, trainer.state
                     )
-                    parts = trainer.teacher, trainer.classifier, trainer.train_dataset
-                    plainly = plain_step(objective, *parts, batch_size)
+                    plainly = plain_step(objective, *components(preset), batch_size)
                     quartiles = ratio(lambda step=step, b=batches: step(next(b)), plainly, pairs, 0.5)
                 setting = f"{objective.upper()}, {preset}, batch {batch_size}, mixed_precision {mixed_precision}"
                 yield row("step / the plain way", setting, quartiles, 0.75 if DEVICE.type == "cpu" else 0.4)
