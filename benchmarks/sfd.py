@@ -308,22 +308,28 @@ Written by `python benchmarks/sfd.py` (see there for its options) on {date.today
 Cost: network forward equivalents for each image of a batch of 64, a backward pass counted as two, so that an iteration
 of a ladder costs K + 3 and a batch of SFD its teacher's evaluations and 3 for each of the student's; classifier and
 base model are not counted. The ladders as the paper runs them (1024 steps halved, 10 000 iterations a rung, 20 000
-for 2 and 1) would cost {lengths} steps; the column *of the paper's ladder* sets each cost against that.
+for 2 and 1) would cost {lengths} steps; the
+column *of the paper's ladder* sets each cost against that.
 
-FD: Frechet distance in the features of an evaluator that no loss has seen; **not FID**. Mean over the seeds ± standard
-deviation."""
+FD: Frechet distance in the features of an evaluator that no loss has seen; **not FID**. Mean over
+the seeds ± standard deviation; a row of fewer seeds than another does not compare with it to the last digit."""
     hand = text.partition("\n## What")
     path.write_text("\n\n".join([head, *sections]) + "\n" + hand[1] + hand[2], encoding="utf-8")
 
 
 def table(curves):
-    lines = ["| evaluations | method | cost | of the paper's ladder | FD | score |", "|---:|---|---:|---:|---:|---:|"]
+    lines = ["| evaluations | method | cost | of the paper's ladder | seeds | FD | score |",
+             "|---:|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     for N in EVALUATIONS:
         for (method, number), points in curves.items():
-            for cost, fd, spread, score, _ in points if number == N and points[0][0] else ():
-                share = cost / PAPER_LADDER[N]
-                lines.append(f"| {N} | {method} | {cost:.0f} | {share:.2%} | {fd:.2f} ± {spread:.2f} | {score:.2f} |")
+            for cost, fd, spread, score, seeds in points if number == N and points[0][0] else ():
+                share, distance = cost / PAPER_LADDER[N], varied(fd, spread, seeds)
+                lines.append(f"| {N} | {method} | {cost:.0f} | {share:.2%} | {seeds} | {distance} | {score:.2f} |")
     return "\n".join(lines)
+
+
+def varied(value, spread, seeds):
+    return f"{value:.2f} ± {spread:.2f}" if seeds > 1 else f"{value:.2f}"
 
 
 def teacher_table(curves):
@@ -335,7 +341,9 @@ def teacher_table(curves):
     lines = [f"| evaluations of the base model | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
     for method in methods:
         cells = (curves[method, N][0] for N in counts)
-        lines.append(f"| {method} | " + " | ".join(f"{fd:.2f} ± {spread:.2f}" for _, fd, spread, *_ in cells) + " |")
+        lines.append(
+            f"| {method} | " + " | ".join(varied(fd, spread, seeds) for _, fd, spread, _, seeds in cells) + " |"
+        )
     return "The teacher's own trajectories, FD:\n\n" + "\n".join(lines)
 
 
@@ -346,7 +354,7 @@ def draw(curves, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(EVALUATIONS), figsize=(15, 5), sharey=True)
+    figure, axes = pyplot.subplots(1, len(EVALUATIONS), figsize=(15, 5.5), sharey=True)
     methods = {method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys(method for method, _ in curves))}
     shapes = {method: "os^vD"[i // 10 % 5] for i, method in enumerate(methods)}
     for axis, N in zip(axes, EVALUATIONS, strict=True):
@@ -362,7 +370,7 @@ def draw(curves, path):
     axes[0].set_ylabel("FD")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0.15, 1, 1))
+    figure.tight_layout(rect=(0, 0.24, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
