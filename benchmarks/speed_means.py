@@ -255,7 +255,8 @@ MEANS = [
     Mean("bf16 autocast", "0.6 for the networks with bf16 instructions, 0.9 for the smallest",
          "an option, `mixed_precision`; off by default, as it is slower without such instructions", bf16),
     Mean("weights of the frozen networks in bf16", "0.97: a cast of 1 to 11 M weights in every call",
-         "kept, part of `mixed_precision`: the same numbers to the bit (a test), most where the classifier is large",
+         "kept, part of `mixed_precision`: the same numbers to the bit (a test), half the bytes, time where the "
+         "classifier is large",
          narrow),
     Mean("channels_last", "1.0: oneDNN blocks its own layouts", "an option for GPUs, off by default", channels_last),
     Mean("torch.compile", "0.8, after a minute of compiling for each network",
@@ -276,9 +277,9 @@ MEANS = [
     Mean("batch norm folded into convolution", "0.8 of the classifier, 0.98 of a step",
          "not kept: a step gains less than it varies, and any backbone must stay possible", folded),
     Mean("ONNX Runtime for sampling", "0.7 at batch 1, 0.9 else",
-         "kept, the extra `onnx` with `to_onnx_runtime`: more than 1.5 times as fast for single images",
+         "kept, the extra `onnx` with `to_onnx_runtime`: for single images 8, 2.8 and 1.4 times as fast",
          onnx_runtime),
     Mean("OpenVINO for sampling", "as ONNX Runtime",
-         "not kept: no faster than ONNX Runtime, and its torch.compile backend does not run with this torch",
+         "not kept: slower for single images of small networks, and its torch.compile backend fails with this torch",
          open_vino),
 ]  # fmt: skip
