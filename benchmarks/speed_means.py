@@ -269,7 +269,7 @@ MEANS = [
          "an option, `gradient_checkpointing`, off by default: it buys memory with time", checkpointing),
     Mean("fused Adam", "0.5 of foreach, 0.2 of one by one", "kept, always on", optimizer),
     Mean("averages by foreach, no waiting", "0.5 of EMAModel.step",
-         "kept, though no faster on a CPU: it leaves a skipped step out without waiting for the device", averaging),
+         "kept: never slower, and it leaves a skipped step out without waiting for the device", averaging),
     Mean("classifier: student and teacher images in one batch", "1.2: the teacher's half goes backward too",
          "not kept", joint_batch),
     Mean("teacher in inference mode", "0.98, less bookkeeping",
