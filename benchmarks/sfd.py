@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from sfd_agreement import agreement_table
 
 from diffusers_rcfd import (
     CFDDistillationConfig,
@@ -154,6 +155,7 @@ RUN_BEFORE = {
 }
 GUIDED = {"objective": ["pd", "pd", "rcfd", "rcfd", "rcfd"], "temperature": [1.0, 1.0, 0.8, 1.0, 1.0]}
 FROM_BASE = {"objective": ["rcfd"], "temperature": [0.8, 1.0, 1.0]}
+AT_ONCE = {"objective": ["rcfd"], "temperature": [0.8]}
 OWN_NODES = {"analytical_first_step": False, "dynamic_thresholding": False}
 PAPER, OURS = {"objective": "l1"}, {"objective": "cfd", "temperature": 0.8} | OWN_NODES
 THEN_ONE = {"batches": [400, 400], "temperature": [0.8, 1.0]}  # from 2 evaluations to 1
@@ -165,7 +167,9 @@ ENTRIES = {
     "RCFD, base to 4 by 4": Ladder(teacher_steps=[4, 2, 2], **SKIPPED, options=FROM_BASE),
     "RCFD, base to 4 by 8": Ladder(teacher_steps=[8, 2, 2], **SKIPPED, options=FROM_BASE),
     "RCFD, base to 4 by 16": Ladder(teacher_steps=[16, 2, 2], **SKIPPED, options=FROM_BASE),
-    "RCFD, base to 1 by 16": Ladder(teacher_steps=[16], **ONCE, options=FROM_BASE | {"temperature": [0.8]}),
+    "RCFD, base to 1 by 4": Ladder(teacher_steps=[4], **ONCE, options=AT_ONCE),
+    "RCFD, base to 1 by 8": Ladder(teacher_steps=[8], **ONCE, options=AT_ONCE),
+    "RCFD, base to 1 by 16": Ladder(teacher_steps=[16], **ONCE, options=AT_ONCE),
     "SFD (L1, AFS, thresholding)": Trajectories([2], PAPER),
     "SFD, no thresholding": Trajectories([2], PAPER | {"dynamic_thresholding": False}),
     "SFD, no thresholding, no AFS": Trajectories([2], PAPER | OWN_NODES),
@@ -184,9 +188,13 @@ ENTRIES = {
     "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | {"ema_decay": 0.0}),
     "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
     "CFD on SFD's pairs, 4 by 8": Trajectories([4], OURS | {"teacher_steps": 2}),
+    "CFD on SFD's pairs, 4 by 8, 2, 1": Stages(
+        [4, 2, 1], [400, 400, 400], [0.8, 1.0, 1.0], OURS | {"teacher_steps": 2}
+    ),
     "CFD on SFD's pairs, 1 by 8": Trajectories([1], OURS | {"teacher_steps": 8}),
     "SFD-v, no thresholding, no AFS": Trajectories([1, 2, 4], PAPER | OWN_NODES, joint=True),
     "SFD-v by CFD": Trajectories([1, 2, 4], OURS, joint=True),
+    "SFD-v by CFD, one trajectory of 8": Trajectories([1, 2, 4], OURS | {"teacher_steps": [8, 4, 2]}, joint=True),
     "teacher": Teacher([4, 8, 16, 32], OWN_NODES),
     "teacher, thresholding": Teacher([4, 8, 16, 32], OWN_NODES | {"dynamic_thresholding": True}),
 }
@@ -197,6 +205,17 @@ SEVERAL_BUDGETS = (
     "SFD, no thresholding, no AFS",
     "CFD on SFD's pairs, in stages",
 )
+SHOWN = {  # in the figures, by name; the others in grey
+    "PD ladder": {"color": "C0", "marker": "o"},
+    "RCFD ladder": {"color": "C1", "marker": "o"},
+    "RCFD, base to 4 by 8": {"color": "C8", "marker": "v"},
+    "SFD (L1, AFS, thresholding)": {"color": "C5", "marker": "^"},
+    "SFD, no AFS, in stages": {"color": "C4", "marker": "D"},
+    "SFD-v, no thresholding, no AFS": {"color": "C9", "marker": "s"},
+    "SFD-v by CFD": {"color": "C2", "marker": "s"},
+    "CFD on SFD's pairs, in stages": {"color": "C3", "marker": "*"},
+    "CFD on SFD's pairs, 4 by 8": {"color": "C6", "marker": "X"},
+}
 
 
 class Bench:
@@ -292,7 +311,7 @@ def write_report():
             seeds = sorted({row["seed"] for row in rows})
             sections += [
                 f"## {data}, seeds {', '.join(map(str, seeds))}",
-                f"![FD against cost]({picture})",
+                f"![FD against cost; grey: variants, which the table names]({picture})",
                 table(curves),
                 teacher_table(curves),
             ]
@@ -312,7 +331,11 @@ for 2 and 1) would cost {lengths} steps; the
 column *of the paper's ladder* sets each cost against that.
 
 FD: Frechet distance in the features of an evaluator that no loss has seen; **not FID**. Mean over
-the seeds ± standard deviation; a row of fewer seeds than another does not compare with it to the last digit."""
+the seeds ± standard deviation; a row of fewer seeds than another does not compare with it to the last digit.
+
+## Agreement
+
+{agreement_table()}"""
     hand = text.partition("\n## What")
     path.write_text("\n\n".join([head, *sections]) + "\n" + hand[1] + hand[2], encoding="utf-8")
 
@@ -348,29 +371,31 @@ def teacher_table(curves):
 
 
 def draw(curves, path):
-    """A panel for each number of evaluations: FD against cost, both on log axes, a line for each method."""
+    """A panel for each number of evaluations: FD against cost, both on log axes, a line for each of `SHOWN`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(EVALUATIONS), figsize=(15, 5.5), sharey=True)
-    methods = {method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys(method for method, _ in curves))}
-    shapes = {method: "os^vD"[i // 10 % 5] for i, method in enumerate(methods)}
     for axis, N in zip(axes, EVALUATIONS, strict=True):
         for (method, number), points in curves.items():
             if number == N and points[0][0]:
                 costs, distances, spreads, *_ = zip(*points, strict=True)
-                style = {"color": methods[method], "linestyle": "-" if "ladder" in method else "--"}
-                axis.errorbar(costs, distances, spreads, marker=shapes[method], capsize=2, label=method, **style)
-        axis.set(
-            xscale="log", yscale="log", xlabel="cost, forward equivalents", title=f"{N} evaluation{'s' * (N > 1)}"
-        )
+                if method in SHOWN:
+                    line = {"linestyle": "-" if "ladder" in method else "--", "label": method} | SHOWN[method]
+                    axis.errorbar(costs, distances, spreads, capsize=2, **line)
+                else:
+                    axis.plot(costs, distances, ".", color="0.7", zorder=0)
+        title = f"{N} evaluation{'s' * (N > 1)}"
+        axis.set(xscale="log", yscale="log", xlabel="cost, forward equivalents", title=title)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("FD")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0.24, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, fontsize=9)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

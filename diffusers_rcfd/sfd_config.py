@@ -9,7 +9,6 @@ from diffusers_rcfd.configs import (
     is_number,
     option,
     require,
-    require_count,
 )
 
 SFD_OBJECTIVES = ("l1", "cfd", "rcfd")
@@ -23,7 +22,11 @@ class SFDDistillationConfig(FeatureLossConfig):
     student_steps: list[int] = option(
         [2], "Network evaluations of the student; several make one model that samples in each of them (SFD-v)."
     )
-    teacher_steps: int = option(4, "Teacher steps K for each step of the student.")
+    teacher_steps: list[int] = option(
+        [4],
+        "Teacher steps K for each step of the student: one number, or one for each of `student_steps`, such as 8 4 2 "
+        "for 1 2 4, which then all learn the end of a trajectory of 8.",
+    )
     teacher_solver: str = option(
         "dpm-solver++", f"One of {TEACHER_SOLVERS}; euler is DDIM, heun takes two evaluations a step."
     )
@@ -63,14 +66,17 @@ class SFDDistillationConfig(FeatureLossConfig):
     max_grad_norm: float = option(0.0, "Gradients are clipped to this norm; 0 does not clip.")
 
     def __post_init__(self):
-        if not isinstance(self.student_steps, (list, tuple)):
-            self.student_steps = [self.student_steps]
+        for name in ("student_steps", "teacher_steps"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, [getattr(self, name)])
         super().__post_init__()
         steps = self.student_steps = list(self.student_steps)
         counts = len(steps) > 0 and all(is_count(N, 1) for N in steps)
         different = counts and len(set(steps)) == len(steps)
         require(different, "student_steps", steps, "positive integers, one or more, all different")
-        require_count("teacher_steps", self.teacher_steps, 1)
+        K = self.teacher_steps = list(self.teacher_steps)
+        listed = len(K) in (1, len(steps)) and all(is_count(number, 1) for number in K)
+        require(listed, "teacher_steps", K, f"one positive integer, or one for each of the {len(steps)} step counts")
         require(
             self.teacher_solver in TEACHER_SOLVERS, "teacher_solver", self.teacher_solver, f"one of {TEACHER_SOLVERS}"
         )
@@ -107,3 +113,7 @@ class SFDDistillationConfig(FeatureLossConfig):
     def num_nodes(self, student_steps: int) -> int:
         """Nodes N of a student of so many evaluations: one more, and another one for the analytical first step."""
         return student_steps + 1 + self.analytical_first_step
+
+    def teacher_steps_of(self, student_steps: int) -> int:
+        """Teacher steps K for each step of a student of so many evaluations."""
+        return self.teacher_steps[self.student_steps.index(student_steps) if len(self.teacher_steps) > 1 else 0]

@@ -145,7 +145,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
             lacking = sorted(set(student) - set(teacher)) or student[0] != teacher[0] or student[-1] != teacher[-1]
             require(not lacking, "student_steps", student_steps, f"such that its nodes {student} are among {teacher}")
             return Route(student, list(teacher))
-        fine = nearest_indices(self.nu, subdivide(levels, config.teacher_steps, config.rho))
+        fine = nearest_indices(self.nu, subdivide(levels, config.teacher_steps_of(student_steps), config.rho))
         return Route(student, sorted(set(fine), reverse=True))  # nodes that fall on one index are one
 
     def _teacher_row(self) -> int:

@@ -111,6 +111,13 @@ def test_targets_are_every_kth_state_of_the_solver(tmp_path):
         torch.testing.assert_close(target, expected)
 
 
+def test_step_counts_with_teacher_steps_of_their_own_learn_one_trajectory(tmp_path):
+    options = {"student_steps": [1, 2, 4], "teacher_steps": [8, 4, 2], "analytical_first_step": False}
+    routes = trainer(tmp_path, **options).routes
+    assert [len(route.student) for route in routes] == [2, 3, 5]
+    assert len(routes[0].teacher) == 9 and all(route.teacher == routes[0].teacher for route in routes)
+
+
 def test_loss_terms_of_the_objectives(tmp_path, classifier):
     def first_terms(**options):
         run = begin(trainer(tmp_path, classifier=classifier, **options))
@@ -379,7 +386,11 @@ def test_stock_pipeline_as_teacher_and_the_records_of_a_run(tmp_path):
         ({"student_steps": [0]}, r"`student_steps` must be positive integers, one or more, all different, got \[0\]"),
         ({"student_steps": [2, 2]}, "`student_steps` must be positive integers, one or more, all different"),
         ({"student_steps": []}, "`student_steps` must be positive integers, one or more"),
-        ({"teacher_steps": 0}, "`teacher_steps` must be an integer of at least 1, got 0"),
+        (
+            {"teacher_steps": 0},
+            r"`teacher_steps` must be one positive integer, or one for each of the 1 step counts, got \[0",
+        ),
+        ({"student_steps": [1, 2, 4], "teacher_steps": [8, 4]}, "or one for each of the 3 step counts"),
         ({"sigma_min": 80.0}, "`sigma_min` must be below sigma_max=80.0, got 80.0"),
         ({"sigma_max": 0.001}, "`sigma_min` must be below sigma_max=0.001, got 0.006"),
         ({"sigma_min": 0.0}, "`sigma_min` must be a number above 0"),
