@@ -370,7 +370,7 @@ def for_counts(unet: UNet2DModel, counts: int) -> UNet2DModel:
     `UNet2DModel` adds class embeddings to the time embedding, and a table of step count and class together is what a
     plain one can hold.
     """
-    table = torch.zeros(1, unet.time_embedding.linear_2.out_features)
+    table = torch.zeros_like(unet.time_embedding.linear_2.bias)[None]
     if unet.class_embedding is not None:
         table = unet.class_embedding.weight.detach()
     return _with_embedding(unet, table.repeat(counts, 1))
@@ -391,7 +391,10 @@ def _with_embedding(unet: UNet2DModel, table: torch.Tensor | None) -> UNet2DMode
     """A copy of the network with another table of class embeddings, or none."""
     config = dict(unet.config) | {"num_class_embeds": None if table is None else len(table)}
     config.pop("_use_default_values", None)  # which would put the argument back to its default
-    weights = {name: value for name, value in unet.state_dict().items() if not name.startswith("class_embedding")}
-    copied = UNet2DModel.from_config(config).to(unet.device, unet.dtype)
-    copied.load_state_dict(weights if table is None else weights | {"class_embedding.weight": table})
+    weights = {} if table is None else {"class_embedding.weight": table.clone()}
+    for name, value in unet.state_dict().items():
+        if not name.startswith("class_embedding"):
+            weights[name] = value.clone()
+    copied = UNet2DModel.from_config(config)
+    copied.load_state_dict(weights, assign=True)  # with their device and type
     return copied
