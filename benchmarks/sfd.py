@@ -15,7 +15,6 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -119,14 +118,7 @@ class Teacher:
         """As `Ladder.run`."""
         for K in self.evaluations:
             config = SFDDistillationConfig(folder, student_steps=[1], teacher_steps=K, **self.options)
-            yield K, 0, partial(end_of_trajectory, SFDDistillationTrainer(bench.base(seed), None, config))
-
-
-def end_of_trajectory(trainer, noise, labels):
-    """The teacher's images in [0, 1], (B, C, H, W), from z (B, C, H, W) at the first node."""
-    route, alpha = trainer.routes[0], trainer.scheduler.alpha
-    last = trainer.teacher_states(noise / alpha[route.student[0]].item(), route, labels)[-1]
-    return (alpha[route.student[-1]].item() * last / 2 + 0.5).clamp(0, 1)
+            yield K, 0, SFDDistillationTrainer(bench.base(seed), None, config).teacher_samplers[K]
 
 
 def train_sfd(bench, seed, teacher, folder, counts, batches, options):

@@ -35,6 +35,7 @@ from diffusers_rcfd.trajectories import (
     solve,
     subdivide,
 )
+from diffusers_rcfd.trajectory_sampler import TrajectoryPipeline
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +71,9 @@ class SFDDistillationTrainer(GeneratorTrainer):
 
     A teacher that is itself a student of SFD starts the second stage: it samples in its own nodes, by Euler steps,
     and the student's nodes must be among them; `teacher_steps` and the solver are then not used.
+
+    A student ends where its teacher's trajectory ends: `teacher_samplers`, the pipelines of that by their network
+    evaluations, can be measured before anything is trained.
 
     Args:
         teacher (`RCFDPipeline`): a base model, or any pipeline of a `UNet2DModel` and a DDIM-like scheduler; or a
@@ -109,6 +113,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
         self.routes = [self._route(N) for N in config.student_steps]
         self.num_classes = teacher.num_classes
         self._check_losses()
+        self.teacher_samplers = self._teacher_samplers()
         self.scheduler = RCFDScheduler.from_config(
             dict(teacher.scheduler.config)
             | {
@@ -153,6 +158,15 @@ class SFDDistillationTrainer(GeneratorTrainer):
         scheduler = self.teacher.scheduler
         counts = scheduler.trained_steps
         return counts.index(scheduler.config.num_inference_steps or max(counts))
+
+    def _teacher_samplers(self) -> dict[int, RCFDPipeline]:
+        """The teacher, sampled as the students see it, by its network evaluations."""
+        config, teacher = self.config, self.teacher
+        if self.second_stage:
+            return {teacher.scheduler.trained_steps[self._teacher_row()]: teacher}
+        solver = (config.teacher_solver, config.solver_order, config.dynamic_thresholding)
+        samplers = [TrajectoryPipeline(teacher.unet, teacher.scheduler, r.teacher, *solver) for r in self.routes]
+        return {sampler.num_evaluations: sampler for sampler in samplers}
 
     def _check_losses(self) -> None:
         config, channels = self.config, self.teacher.image_shape[0]

@@ -122,9 +122,9 @@ def run(job, data, base, classifier, evaluator, distillation):
 
     # 4. The comparison.
     counts = sorted(distillation.student_steps, reverse=True)
-    own = teacher.scheduler.config.num_inference_steps  # of a student, which starts the second stage
-    contenders = [Contender("DDIM", N, teacher) for N in counts if own is None]
-    contenders += [Contender("teacher", own, teacher)] if own is not None else []
+    distilled = teacher.scheduler.config.num_inference_steps is not None
+    contenders = [] if distilled else [Contender("DDIM", N, teacher) for N in counts]
+    contenders += [Contender("teacher", K, sampler) for K, sampler in trainer.teacher_samplers.items()]
     for name, other in zip(job.compare_with or (), others, strict=True):
         steps = other.scheduler.config.num_inference_steps
         contenders += [Contender(Path(name).parent.name, N, other) for N in counts if N == steps]

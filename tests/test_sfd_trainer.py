@@ -16,6 +16,7 @@ from diffusers_rcfd import (
     load_image_data,
 )
 from diffusers_rcfd.trajectories import euler_step, one_step_target, solve
+from diffusers_rcfd.trajectory_sampler import TrajectoryPipeline
 from tests.toys import parameters, tiny_classifier, tiny_teacher
 
 
@@ -219,6 +220,31 @@ def test_sampling_follows_the_trajectory_of_training(tmp_path, data_std):
     torch.testing.assert_close(pipe(4, latents=batch["noise"], output_type="pt").images, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("data_std, solver", [(1.0, "dpm-solver++"), (0.5, "dpm-solver++"), (1.0, "heun")])
+def test_teacher_sampler_ends_where_the_targets_do(tmp_path, data_std, solver):
+    teacher, calls = RCFDPipeline(tiny_teacher().unet, RCFDScheduler(data_std=data_std)), []
+    run = trainer(tmp_path, teacher, student_steps=[1, 2], teacher_steps=[4, 3], teacher_solver=solver)
+    assert list(run.teacher_samplers) == ([16, 18] if solver == "heun" else [8, 9])
+    teacher.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    z = torch.randn((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    for route, (evaluations, sampler) in zip(run.routes, run.teacher_samplers.items(), strict=True):
+        last = run.teacher_states(z / run.scheduler.alpha[route.student[0]].item(), route, None)[-1]
+        expected = (data_std * run.scheduler.alpha[route.student[-1]].item() * last / 2 + 0.5).clamp(0, 1)
+        calls.clear()
+        sampler.set_progress_bar_config(disable=True)
+        images = sampler(4, latents=z, output_type="pt").images
+        assert len(calls) == evaluations and 0.1 < expected.std() < 0.9
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be 12, the evaluations of its nodes, got 2"):
+        trainer(tmp_path, teacher).teacher_samplers[12](4, num_inference_steps=2)
+
+
+@pytest.mark.parametrize("nodes", [[], [5], [3, 7], [2000, 3], [5, 5, 0], [5, -1]])
+def test_trajectory_of_no_falling_indices(nodes):
+    with pytest.raises(ValueError, match=r"`nodes` must be two or more falling indices in 0..1024, got \["):
+        TrajectoryPipeline(tiny_teacher().unet, RCFDScheduler(), nodes)
+
+
 def test_class_conditional_teacher(tmp_path):
     teacher = tiny_teacher(num_class_embeds=3)
     run = begin(trainer(tmp_path / "start", teacher, student_steps=[1, 2]))
@@ -238,6 +264,7 @@ def test_second_stage(tmp_path, classifier):
         run = begin(trainer(tmp_path, teacher, classifier, student_steps=[1], learning_rate=5e-4))
         route = run.routes[0]
         assert route.teacher[::3] == route.student and len(route.teacher) == 7
+        assert list(run.teacher_samplers) == [5]
         assert run.model.config.num_class_embeds is None  # one step count needs no table
         x = batch_of(run)["noise"] / run.scheduler.alpha[route.student[0]].item()
         teacher.set_progress_bar_config(disable=True)

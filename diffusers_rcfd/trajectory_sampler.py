@@ -1,0 +1,81 @@
+"""A base model under the solver of SFD's teacher, for comparison with the student that learns where it ends."""
+
+import torch
+from diffusers import ImagePipelineOutput, UNet2DModel
+
+from diffusers_rcfd.configs import require
+from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
+from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
+from diffusers_rcfd.trajectories import SOLVERS, solve
+
+
+class TrajectoryPipeline(RCFDPipeline):
+    """Samples a base model down the nodes that a student of SFD learns from; called like an `RCFDPipeline`.
+
+    A student ends where its teacher's trajectory ends, so this is what to measure before training one.
+
+    Args:
+        unet (`UNet2DModel`): the network.
+        scheduler (`RCFDScheduler`): of the base model: the noise schedule, and what the network predicts.
+        nodes (`list[int]`): falling indices of the schedule.
+        solver (`str`, defaults to `"dpm-solver++"`), order (`int`, defaults to 3), thresholding (`bool`, defaults to
+            `True`): see `trajectories.solve`.
+
+    Raises:
+        ValueError: for nodes that do not fall or an unknown solver.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: RCFDScheduler,
+        nodes: list[int],
+        solver: str = "dpm-solver++",
+        order: int = 3,
+        thresholding: bool = True,
+    ):
+        super().__init__(unet, scheduler)
+        falling = [len(self.scheduler), *nodes, -1]
+        fall = len(nodes) > 1 and all(high > low for high, low in zip(falling, falling[1:], strict=False))
+        require(fall, "nodes", nodes, f"two or more falling indices in 0..{len(self.scheduler) - 1}")
+        require(solver in SOLVERS, "solver", solver, f"one of {SOLVERS}")
+        self.register_to_config(nodes=list(nodes), solver=solver, order=order, thresholding=thresholding)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations of an image."""
+        return (len(self.config.nodes) - 1) * (2 if self.config.solver == "heun" else 1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample images; see `RCFDPipeline.__call__`. `num_inference_steps` is `num_evaluations`, or not given.
+
+        Raises:
+            ValueError: for arguments not allowed.
+        """
+        allowed = f"{self.num_evaluations}, the evaluations of its nodes"
+        given = num_inference_steps in (None, self.num_evaluations)
+        require(given, "num_inference_steps", num_inference_steps, allowed)
+        device, dtype = self._device_and_dtype()
+        z = self._initial_noise(batch_size, generator, latents, device)
+        class_labels = self._check_class_labels(class_labels, len(z), device)
+        nodes, alpha = self.config.nodes, self.scheduler.alpha
+        nu = (self.scheduler.sigma / alpha)[nodes].tolist()
+
+        def denoise(x, i):
+            z, t = alpha[nodes[i]].item() * x, torch.full((len(x),), nodes[i], device=device)
+            output = self.unet(z.to(dtype), t, class_labels, return_dict=False)[0]
+            return self.scheduler.predict_x0(output.float(), z, t)
+
+        options = {"solver": self.config.solver, "order": self.config.order, "thresholding": self.config.thresholding}
+        x = solve(denoise, z / alpha[nodes[0]].item(), nu, **options)[-1]
+        return self._finish(self.scheduler.config.data_std * alpha[nodes[-1]].item() * x, output_type, return_dict)
