@@ -128,8 +128,7 @@ def train_sfd(bench, seed, teacher, folder, counts, batches, options):
     config = SFDDistillationConfig(folder, student_steps=counts, **options)
     trainer = SFDDistillationTrainer(teacher, bench.classifier(seed), config)
     student = trainer.train()
-    evaluations = [len(route.teacher) - 1 for route in trainer.routes]  # of the teacher in each batch
-    each = [K + N * (1 + BACKWARD) for K, N in zip(evaluations, counts, strict=True)]
+    each = [route.evaluations + N * (1 + BACKWARD) for route, N in zip(trainer.routes, counts, strict=True)]
     return student, batches * statistics.mean(each)
 
 

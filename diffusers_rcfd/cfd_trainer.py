@@ -16,9 +16,10 @@ from diffusers_rcfd.configs import require
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.fast_networks import frozen
 from diffusers_rcfd.feature_classifier import FeatureClassifier
-from diffusers_rcfd.feature_terms import feature_terms
+from diffusers_rcfd.feature_terms import check_stages, feature_terms
 from diffusers_rcfd.generator_trainer import (
     GeneratorTrainer,
+    as_pipeline,
     check_images_fit,
     conditioning,
     data_name,
@@ -59,13 +60,14 @@ class CFDDistillationTrainer(GeneratorTrainer):
     ):
         config = config or CFDDistillationConfig()
         super().__init__(config, train_dataset, evaluator)
+        teacher = as_pipeline(teacher)
         scheduler = teacher.scheduler
         require(not scheduler.config.nodes, "teacher", scheduler.config.nodes, "on the uniform grid, without `nodes`")
         self.teacher, self.student, self.classifier = teacher, student, classifier
         self.rungs = config.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
         check_images_fit(teacher, train_dataset)
         self._check_student()
-        check_classifier_fits(classifier, teacher.image_shape[0], self.rungs, config)
+        check_classifier_fits(classifier, teacher.image_shape, self.rungs, config)
         self.rung, self.log_p_mean = self.rungs[0], None
         self.teacher_name = teacher.config.get("_name_or_path")
         self._architecture = architecture(student or teacher.unet)
@@ -155,7 +157,7 @@ class CFDDistillationTrainer(GeneratorTrainer):
             learning_rate=config.learning_rate,
             training_seconds=self.state.seconds,
             evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
-            class_conditional=student.num_classes is not None,
+            num_classes=student.num_classes,
             data_std=student.scheduler.config.data_std,
         )
         write_model_card(folder, run, existing)
@@ -233,13 +235,16 @@ def without_dropout(unet: UNet2DModel) -> UNet2DModel:
 
 
 def check_classifier_fits(
-    classifier: FeatureClassifier | None, channels: int, rungs: list[Rung], config: CFDDistillationConfig
+    classifier: FeatureClassifier | None,
+    image_shape: tuple[int, int, int],
+    rungs: list[Rung],
+    config: CFDDistillationConfig,
 ) -> None:
     """Raise a `ValueError` if the rungs need a classifier that is missing or cannot serve them.
 
     Args:
         classifier (`FeatureClassifier`, *optional*): the classifier.
-        channels (`int`): of the images that it is to see.
+        image_shape (`tuple[int, int, int]`): (C, H, W) of the images that it is to see.
         rungs (`list[Rung]`): the ladder.
         config (`CFDDistillationConfig`): where the rungs come from.
     """
@@ -248,7 +253,7 @@ def check_classifier_fits(
         return
     if classifier is None:
         raise ValueError(f"`classifier` is needed by objective {guided[0].objective!r}; only 'pd' does without.")
-    wanted, num_classes = classifier.config.in_channels, classifier.config.num_classes
+    wanted, num_classes, channels = classifier.config.in_channels, classifier.config.num_classes, image_shape[0]
     if channels != wanted and channels != 1:
         raise ValueError(f"`classifier` must take images of {channels} channel(s), got one for {wanted}.")
     uses_predictions = any(rung.regularization_weight > 0 for rung in guided)
@@ -259,3 +264,5 @@ def check_classifier_fits(
         )
     if config.cfd_weight == 0 and not uses_predictions:
         raise ValueError("`cfd_weight` must be above 0 where `regularization_weight` is 0: no loss is left.")
+    if config.distribution == "spatial":
+        check_stages(classifier, image_shape, config)

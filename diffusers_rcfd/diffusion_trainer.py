@@ -109,7 +109,7 @@ class DiffusionTrainer(GeneratorTrainer):
             learning_rate=config.learning_rate,
             training_seconds=self.state.seconds,
             evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
-            class_conditional=self.pipeline.num_classes is not None,
+            num_classes=self.pipeline.num_classes,
             prediction_type=self.pipeline.scheduler.config.prediction_type,
         )
         write_model_card(folder, run, existing)

@@ -57,6 +57,20 @@ def feature_terms(
     return {"loss": loss, **terms, **variety}
 
 
+def check_stages(classifier: FeatureClassifier, image_shape: tuple[int, int, int], config: FeatureLossConfig) -> None:
+    """Compare an image with itself in the classifier's stages, so that what cannot be is found before training.
+
+    Raises:
+        ValueError: if the backbone has no stages, or not those of `feature_stages`.
+    """
+    image = torch.zeros(1, *image_shape, device=next(classifier.parameters()).device)
+    try:
+        with torch.no_grad():
+            classifier.spatial_features(image, config.feature_stages)
+    except ValueError as error:
+        raise ValueError(f"`feature_stages` must suit the classifier, got {config.feature_stages}: {error}") from error
+
+
 @torch.no_grad()
 def spread(student: FeatureClassifierOutput, teacher: FeatureClassifierOutput) -> dict[str, torch.Tensor]:
     """Variety of a student's x0 as a share of its teacher's, about 1 when all is well and near 0 when it collapses.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
 from diffusers_rcfd.batches import derived_seed
@@ -128,6 +129,21 @@ def sample_grid(pipeline: RCFDPipeline, config, num_inference_steps: int | None 
         class_labels=labels,
         output_type="pt",
     ).images
+
+
+def as_pipeline(teacher: DiffusionPipeline) -> RCFDPipeline:
+    """A teacher as an `RCFDPipeline`: itself, or its network and scheduler, with its name.
+
+    Raises:
+        TypeError: if it is no pipeline with a `unet` and a `scheduler`.
+    """
+    if isinstance(teacher, RCFDPipeline):
+        return teacher
+    if not isinstance(teacher, DiffusionPipeline) or not {"unet", "scheduler"} <= teacher.components.keys():
+        raise TypeError(f"`teacher` must be a pipeline with a unet and a scheduler, got {type(teacher).__name__}.")
+    pipeline = RCFDPipeline(teacher.unet, teacher.scheduler)
+    pipeline.register_to_config(_name_or_path=teacher.name_or_path)
+    return pipeline
 
 
 def check_images_fit(pipeline: RCFDPipeline, dataset: Dataset) -> None:

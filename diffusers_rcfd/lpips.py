@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
+from diffusers_rcfd.losses import wide
+
 VGG_FILE, LINEAR_FILE = "vgg16-397923af.pth", "weights-vgg16-lpips.pth"
 _LAST_LAYERS = (3, 8, 15, 22, 29)  # the ReLU at the end of each stage of VGG16
 
 
 class LPIPS(torch.nn.Module):
-    """LPIPS on VGG16, frozen and differentiable in the images.
+    """LPIPS on VGG16, frozen and differentiable in the images, which have at least `min_size` pixels a side.
 
     Args:
         folder (`str` or `os.PathLike`): holds torchvision's `vgg16-397923af.pth` and torch-fidelity's
@@ -23,6 +25,8 @@ class LPIPS(torch.nn.Module):
         FileNotFoundError: if a file is absent.
         ValueError: if a file holds other weights.
     """
+
+    min_size = 16  # VGG16 halves four times
 
     def __init__(self, folder: str | os.PathLike):
         super().__init__()
@@ -55,7 +59,7 @@ class LPIPS(torch.nn.Module):
             # Not VGG's own ReLU, which works in place.
             pair = F.relu(pair) if isinstance(layer, torch.nn.ReLU) else layer(pair)
             if i in _LAST_LAYERS:
-                a, b = F.normalize(pair, dim=1, eps=1e-10).chunk(2)
+                a, b = F.normalize(wide(pair), dim=1, eps=1e-10).chunk(2)
                 scale = self.scales[_LAST_LAYERS.index(i)].view(1, -1, 1, 1)
                 distance = distance + (scale * (a - b).square()).sum(1).flatten(1).mean(1)
         return distance

@@ -44,12 +44,12 @@ class RunDescription:
         train_batch_size (`int`), learning_rate (`float`): of distillation, over all processes.
         training_seconds (`float`, *optional*): wall time of distillation.
         evaluations (`dict[int, dict]`): `EvaluationResult.to_dict()` by student steps.
-        class_conditional (`bool`): whether the model takes class labels.
+        num_classes (`int`, *optional*): of a class-conditional model.
         prediction_type (`str`, defaults to `"sample"`): what the network predicts.
         data_std (`float`, defaults to 1.0): of the scheduler; others than 1 are unknown to stock pipelines.
         num_inference_steps (`int`, *optional*): steps of a model with no `rungs`.
         network_evaluations (`list[int]`): of a student of SFD, which has no rungs: the numbers that it samples in.
-        stock_call (`dict`): of a student of SFD, `RCFDPipeline.stock_call`.
+        stock_call (`dict`): of a student of SFD, `RCFDPipeline.stock_call`; none without a stock form.
     """
 
     repo_id: str
@@ -62,7 +62,7 @@ class RunDescription:
     learning_rate: float = 5e-5
     training_seconds: float | None = None
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
-    class_conditional: bool = False
+    num_classes: int | None = None
     prediction_type: str = "sample"
     data_std: float = 1.0
     num_inference_steps: int | None = None
@@ -79,7 +79,7 @@ class RunDescription:
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a name has the form of a Hub repository, "owner/name", and is no local folder."""
-    return bool(name) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    return bool(name) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()
 
 
 def card_metadata(run: RunDescription) -> ModelCardData:
@@ -173,7 +173,7 @@ def _summary(run: RunDescription) -> str:
 def _usage(run: RunDescription) -> str:
     steps = run.student_steps or 64
     ours = "" if run.student_steps else f", num_inference_steps={steps}"
-    labels = ", class_labels=[i % 10 for i in range(16)]" if run.class_conditional else ""
+    labels = f", class_labels=[i % {run.num_classes} for i in range(16)]" if run.num_classes else ""
     lines = [
         "## Usage\n\n```python",
         "from diffusers_rcfd import RCFDPipeline\n",
@@ -182,7 +182,7 @@ def _usage(run: RunDescription) -> str:
         "With plain Diffusers:\n\n```python",
         "from diffusers import DiffusionPipeline\n",
     ]
-    if run.network_evaluations:
+    if run.stock_call:
         call = run.stock_call
         rows = f", class_labels=[{call['class_labels'][0]}] * 16" if call["class_labels"] else ""
         lines += [
@@ -190,7 +190,7 @@ def _usage(run: RunDescription) -> str:
             f"pipe.scheduler.init_noise_sigma = {call['init_noise_sigma']!r}",
             f"images = pipe(16, num_inference_steps=None, timesteps={call['timesteps']}{rows}).images\n```\n",
         ]
-    elif run.class_conditional or run.data_std != 1:  # a stock DDIMPipeline knows neither
+    elif run.network_evaluations or run.num_classes or run.data_std != 1:  # a stock DDIMPipeline knows none of these
         lines += [
             f'repo = "{run.repo_id}"',
             "pipe = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",
@@ -326,12 +326,12 @@ def write_pipeline_card(pipeline: "RCFDPipeline", folder: Path, repo_id: str, to
         repo_id,
         rungs=None,
         license=None,  # whoever publishes chooses it
-        class_conditional=num_classes is not None,
+        num_classes=num_classes,
         prediction_type=pipeline.scheduler.config.prediction_type,
         data_std=pipeline.scheduler.config.data_std,
         num_inference_steps=steps,
         network_evaluations=counts,
-        stock_call=pipeline.stock_call() if counts else {},
+        stock_call=pipeline.stock_call() if counts and pipeline.scheduler.has_stock_form else {},
     )
     write_model_card(folder, run, read_card(repo_id, token))
 

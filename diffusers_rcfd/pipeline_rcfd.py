@@ -39,7 +39,8 @@ class RCFDPipeline(DiffusionPipeline):
 
     Raises:
         TypeError: for a network of another kind, such as the `UNet2DConditionModel` of a text-to-image pipeline.
-        ValueError: for a network that predicts a variance too, or a scheduler without betas, such as flow matching.
+        ValueError: for a network that predicts a variance too, a scheduler without betas, such as flow matching, or
+            one of several step counts that the network's class embeddings are not for.
     """
 
     model_cpu_offload_seq = "unet"
@@ -56,6 +57,12 @@ class RCFDPipeline(DiffusionPipeline):
             unet, scheduler = from_edm(network, scheduler.config)
         if not isinstance(scheduler, RCFDScheduler):
             scheduler = RCFDScheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
+        embeddings, counts = unet.config.num_class_embeds, len(scheduler.trained_steps)
+        if counts > 1 and (not embeddings or embeddings % counts):
+            raise ValueError(
+                f"`unet` must have `num_class_embeds` in a multiple of {counts}, the step counts of the scheduler's "
+                f"`nodes`, got {embeddings}."
+            )
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @property

@@ -209,22 +209,32 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         # The underscore keeps stock `from_pretrained` from warning of a key that it does not know.
         scheduler.register_to_config(_num_inference_steps=self.config.num_inference_steps)
         if self.config.data_std != 1:
-            logger.warning(
-                f"Plain Diffusers knows no `data_std`={self.config.data_std}: its images will have the "
-                "wrong contrast. Load this model as an RCFDPipeline or with `custom_pipeline`."
-            )
+            self._warn_of_data_std()
             scheduler.register_to_config(_data_std=self.config.data_std)
         return scheduler
+
+    def _warn_of_data_std(self) -> None:
+        logger.warning(
+            f"Plain Diffusers knows no `data_std`={self.config.data_std}: its images will have the "
+            "wrong contrast. Load this model as an RCFDPipeline or with `custom_pipeline`."
+        )
+
+    @property
+    def has_stock_form(self) -> bool:
+        """Whether plain Diffusers can take the same steps: images in their own units, down to index 0."""
+        return self.config.data_std == 1 and not any(nodes[-1] for nodes in self._nodes.values())
 
     def to_dpm_solver(self) -> DPMSolverMultistepScheduler:
         """The stock scheduler that takes the same steps when it is given the nodes, for plain Diffusers.
 
         First-order DPM-Solver++ is DDIM, and its thresholding at most 1 is the clip. `set_timesteps(timesteps=...)`
         takes the evaluated indices of a list of `nodes`, and `init_noise_sigma` is to be set to ours. It ends at index
-        0; for nodes that end elsewhere this is logged.
+        0, and knows no `data_std`; for nodes that end elsewhere, and another than 1, this is logged.
         """
         if any(nodes[-1] for nodes in self._nodes.values()):
             logger.warning("Stock DPMSolverMultistepScheduler ends at index 0, these `nodes` do not.")
+        if self.config.data_std != 1:
+            self._warn_of_data_std()
         dynamic = self.config.thresholding
         scheduler = DPMSolverMultistepScheduler(
             **self._stock_schedule(),

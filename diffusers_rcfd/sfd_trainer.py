@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torchvision.utils import save_image
 
 from diffusers_rcfd.cfd_trainer import without_dropout
 from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
 from diffusers_rcfd.configs import require
+from diffusers_rcfd.count_embeddings import for_counts, for_one_count
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.fast_networks import frozen
 from diffusers_rcfd.feature_classifier import FeatureClassifier
-from diffusers_rcfd.feature_terms import feature_terms, spatial_distance
-from diffusers_rcfd.generator_trainer import GeneratorTrainer, sample_grid
+from diffusers_rcfd.feature_terms import check_stages, feature_terms, spatial_distance
+from diffusers_rcfd.generator_trainer import GeneratorTrainer, as_pipeline, sample_grid
 from diffusers_rcfd.losses import log_mean_prediction
 from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline, embedding_rows
@@ -39,13 +40,19 @@ from diffusers_rcfd.trajectory_sampler import TrajectoryPipeline
 
 logger = logging.get_logger(__name__)
 
+FAR = 0.7  # in ln(sigma / alpha), a factor of 2: a node this far from the level that was asked for is said
+
 
 @dataclass(frozen=True)
 class Route:
-    """The nodes of one step count: falling indices of the student, and the teacher's, which contain them."""
+    """The nodes of one step count: falling indices of the student, and the teacher's, which contain them.
+
+    `evaluations` is how often the teacher's network is called on its way down.
+    """
 
     student: list[int]
     teacher: list[int]
+    evaluations: int
 
 
 @dataclass
@@ -76,22 +83,23 @@ class SFDDistillationTrainer(GeneratorTrainer):
     evaluations, can be measured before anything is trained.
 
     Args:
-        teacher (`RCFDPipeline`): a base model, or any pipeline of a `UNet2DModel` and a DDIM-like scheduler; or a
-            student of SFD.
+        teacher (`DiffusionPipeline`): a base model, or any pipeline of a `UNet2DModel` and a DDIM-like scheduler; or
+            a student of SFD.
         classifier (`FeatureClassifier`, *optional*): frozen; for the objectives cfd and rcfd, and for the second stage
             without LPIPS.
         config (`SFDDistillationConfig`): the options; defaults are the paper's.
         lpips (`Callable`, *optional*): `lpips.LPIPS` with its weights, or anything that takes two batches of images in
-            [-1, 1] with three channels to (B,) or (B, 1, 1, 1).
+            [-1, 1] with three channels to (B,) or (B, 1, 1, 1). Of the second stage with objective l1 alone.
         evaluator (`Evaluator`, *optional*): measures the student, in its largest step count, every `eval_steps`.
 
     Raises:
-        ValueError: if nodes, teacher and classifier do not fit.
+        ValueError: if nodes, teacher, classifier and LPIPS do not fit.
+        TypeError: if the teacher is no such pipeline.
     """
 
     def __init__(
         self,
-        teacher: RCFDPipeline,
+        teacher: DiffusionPipeline,
         classifier: FeatureClassifier | None = None,
         config: SFDDistillationConfig | None = None,
         lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
@@ -99,8 +107,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
     ):
         config = config or SFDDistillationConfig()
         super().__init__(config, None, evaluator)
-        if not isinstance(teacher, RCFDPipeline):
-            teacher = RCFDPipeline(teacher.unet, teacher.scheduler)
+        teacher = as_pipeline(teacher)
         self.teacher, self.classifier, self.lpips = teacher, classifier, lpips
         self.student, self.log_p_mean = None, None
         self.second_stage = bool(teacher.scheduler.config.nodes)
@@ -146,12 +153,21 @@ class SFDDistillationTrainer(GeneratorTrainer):
             f"of a schedule that tells the nodes {[round(s, 4) for s in levels.tolist()]} apart",
         )
         if self.second_stage:
-            teacher = self.teacher.scheduler.config.nodes[self._teacher_row()]
+            row, scheduler = self._teacher_row(), self.teacher.scheduler
+            teacher = list(scheduler.config.nodes[row])
             lacking = sorted(set(student) - set(teacher)) or student[0] != teacher[0] or student[-1] != teacher[-1]
             require(not lacking, "student_steps", student_steps, f"such that its nodes {student} are among {teacher}")
-            return Route(student, list(teacher))
+            return Route(student, teacher, scheduler.trained_steps[row])
         fine = nearest_indices(self.nu, subdivide(levels, config.teacher_steps_of(student_steps), config.rho))
-        return Route(student, sorted(set(fine), reverse=True))  # nodes that fall on one index are one
+        teacher = sorted(set(fine), reverse=True)  # nodes that fall on one index are one
+        if (self.nu[student].log() - levels.log()).abs().max() > FAR:
+            given, wanted = ([f"{s:.3g}" for s in values.tolist()] for values in (self.nu[student], levels))
+            logger.warning(
+                f"The teacher's schedule does not reach the nodes {', '.join(wanted)}: they are {', '.join(given)}, "
+                f"and the teacher takes {len(teacher) - 1} steps. See `sigma_max`, `sigma_min` and `nodes`."
+            )
+        calls = 2 if config.teacher_solver == "heun" else 1
+        return Route(student, teacher, calls * (len(teacher) - 1))
 
     def _teacher_row(self) -> int:
         """Which of its step counts a student of SFD teaches with: its default one."""
@@ -162,15 +178,25 @@ class SFDDistillationTrainer(GeneratorTrainer):
     def _teacher_samplers(self) -> dict[int, RCFDPipeline]:
         """The teacher, sampled as the students see it, by its network evaluations."""
         config, teacher = self.config, self.teacher
-        if self.second_stage:
-            return {teacher.scheduler.trained_steps[self._teacher_row()]: teacher}
         solver = (config.teacher_solver, config.solver_order, config.dynamic_thresholding)
-        samplers = [TrajectoryPipeline(teacher.unet, teacher.scheduler, r.teacher, *solver) for r in self.routes]
-        return {sampler.num_evaluations: sampler for sampler in samplers}
+        return {
+            route.evaluations: teacher
+            if self.second_stage
+            else TrajectoryPipeline(teacher.unet, teacher.scheduler, route.teacher, *solver)
+            for route in self.routes
+        }
 
     def _check_losses(self) -> None:
-        config, channels = self.config, self.teacher.image_shape[0]
+        config, (channels, *size) = self.config, self.teacher.image_shape
         perceptual = self.second_stage and config.objective == "l1" and config.perceptual_weight > 0
+        if self.lpips is not None:
+            least = getattr(self.lpips, "min_size", 1)
+            fits = channels in (1, 3) and min(size) >= least
+            require(
+                fits, "lpips", (channels, *size), f"for images of 1 or 3 channels and {least} pixels a side or more"
+            )
+            if not perceptual:
+                logger.warning("`lpips` is not used: it is of the second stage with objective 'l1' alone.")
         if self.classifier is None:
             need = f"objective {config.objective!r}" if config.objective != "l1" else "the second stage without LPIPS"
             missing = config.objective != "l1" or (perceptual and self.lpips is None)
@@ -180,6 +206,8 @@ class SFDDistillationTrainer(GeneratorTrainer):
         require(channels in (1, wanted), "classifier", f"one for {wanted}", f"for images of {channels} channel(s)")
         predicts = config.objective == "rcfd" and config.regularization_weight > 0
         require(not predicts or num_classes > 1, "classifier", num_classes, "of 2 or more classes for rcfd")
+        if (perceptual and self.lpips is None) or (config.objective != "l1" and config.distribution == "spatial"):
+            check_stages(self.classifier, self.teacher.image_shape, config)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -199,13 +227,22 @@ class SFDDistillationTrainer(GeneratorTrainer):
         if len(self.routes) > 1:
             student = for_counts(student, len(self.routes))
         without_dropout(student).requires_grad_(True)
+        student.register_to_config(_name_or_path="student")  # not the folder that its teacher was loaded from
         yield Stage("student", 0, student, self.config.max_train_steps)
         self.student = RCFDPipeline(self.model, self.scheduler)
 
     def made_by(self) -> dict[str, Any]:
-        """Also by this teacher's network, these nodes and this objective."""
-        nodes = {"nodes": [route.student for route in self.routes], "teacher_nodes": [r.teacher for r in self.routes]}
-        return super().made_by() | architecture(self.teacher.unet) | nodes | {"objective": self.config.objective}
+        """Also by this teacher's network and solver, these nodes and step counts, and this objective."""
+        config = self.config
+        solver = (config.teacher_solver, config.solver_order, config.dynamic_thresholding)
+        route = {
+            "nodes": [route.student for route in self.routes],
+            "teacher_nodes": [route.teacher for route in self.routes],
+            "student_steps": config.student_steps,
+            "analytical_first_step": config.analytical_first_step,
+            "solver": None if self.second_stage else solver,
+        }
+        return super().made_by() | architecture(self.teacher.unet) | route | {"objective": config.objective}
 
     def train(self) -> RCFDPipeline:
         """Train, save to `output_dir` and return the student."""
@@ -323,8 +360,10 @@ class SFDDistillationTrainer(GeneratorTrainer):
                                       regularization if config.objective == "rcfd" else None,
                                       self.log_p_mean)  # fmt: skip
             return terms | {"loss": terms["loss"] + config.l1_weight * l1, "l1": l1}
-        if not (self.second_stage and last and config.perceptual_weight):
+        if not (self.second_stage and config.perceptual_weight):
             return {"loss": l1, "l1": l1}
+        if not last:  # the means over the nodes are of as many terms
+            return {"loss": l1, "l1": l1, "perceptual": torch.zeros_like(l1)}
         with self.accelerator.autocast():
             if self.lpips is not None:
                 perceptual = self.lpips(*(image.expand(-1, 3, -1, -1) for image in (x_next, target))).float().mean()
@@ -371,44 +410,8 @@ class SFDDistillationTrainer(GeneratorTrainer):
             learning_rate=config.learning_rate,
             training_seconds=self.state.seconds,
             evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
-            class_conditional=student.num_classes is not None,
+            num_classes=student.num_classes,
             network_evaluations=sorted(student.scheduler.trained_steps),
-            stock_call=student.stock_call(),
+            stock_call=student.stock_call() if student.scheduler.has_stock_form else {},
         )
         write_model_card(folder, run, existing)
-
-
-def for_counts(unet: UNet2DModel, counts: int) -> UNet2DModel:
-    """The network with class embeddings for several step counts, each without effect: zero, or those of its classes.
-
-    `UNet2DModel` adds class embeddings to the time embedding, and a table of step count and class together is what a
-    plain one can hold.
-    """
-    table = torch.zeros_like(unet.time_embedding.linear_2.bias)[None]
-    if unet.class_embedding is not None:
-        table = unet.class_embedding.weight.detach()
-    return _with_embedding(unet, table.repeat(counts, 1))
-
-
-def for_one_count(unet: UNet2DModel, row: int, counts: int) -> UNet2DModel:
-    """The network of one of several step counts: its rows of the table, a single row in the time embedding."""
-    if counts < 2:
-        return unet
-    table = unet.class_embedding.weight.detach().chunk(counts)[row]
-    if len(table) > 1:
-        return _with_embedding(unet, table)
-    unet.time_embedding.linear_2.bias += table[0]
-    return _with_embedding(unet, None)
-
-
-def _with_embedding(unet: UNet2DModel, table: torch.Tensor | None) -> UNet2DModel:
-    """A copy of the network with another table of class embeddings, or none."""
-    config = dict(unet.config) | {"num_class_embeds": None if table is None else len(table)}
-    config.pop("_use_default_values", None)  # which would put the argument back to its default
-    weights = {} if table is None else {"class_embedding.weight": table.clone()}
-    for name, value in unet.state_dict().items():
-        if not name.startswith("class_embedding"):
-            weights[name] = value.clone()
-    copied = UNet2DModel.from_config(config)
-    copied.load_state_dict(weights, assign=True)  # with their device and type
-    return copied

@@ -31,7 +31,7 @@ class SkippedSteps:
         self.terms = {name: torch.where(skipped, term, self.terms.get(name, term)) for name, term in terms.items()}
         added = {name: torch.where(taken, term, 0.0) for name, term in terms.items()}
         added |= {"skipped_steps": skipped.float(), "taken": taken.float()}
-        return {name: sums[name] + value if name in sums else value for name, value in added.items()}
+        return sums | {name: sums[name] + value if name in sums else value for name, value in added.items()}
 
     def check(self, where: str, checkpoint: Path | None) -> None:
         """Raise a `FloatingPointError` with what is known, if there were too many in a row."""

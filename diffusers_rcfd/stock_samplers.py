@@ -47,12 +47,13 @@ class StockSamplerPipeline(RCFDPipeline):
         sampler (`str`, defaults to `"ddim"`): one of `STOCK_SAMPLERS`.
 
     Raises:
-        ValueError: for an unknown sampler.
+        ValueError: for an unknown sampler, or a student of SFD, which samples in nodes of its own.
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: RCFDScheduler, sampler: str = "ddim"):
         super().__init__(unet, scheduler)
         require(sampler in STOCK_SAMPLERS, "sampler", sampler, f"one of {STOCK_SAMPLERS}")
+        require(not scheduler.config.nodes, "scheduler", scheduler.config.nodes, "of a base model, without `nodes`")
         self.register_to_config(sampler=sampler)
 
     @property

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-SOLVERS = ("dpm-solver++", "euler", "heun")
+from diffusers_rcfd.sfd_config import TEACHER_SOLVERS
 
 
 def rho_nodes(
@@ -153,7 +153,16 @@ def solve(
         thresholding (`bool`, defaults to `True`): `dynamic_threshold` of each D of DPM-Solver++.
         analytical_first (`bool`, defaults to `False`): take the first step analytically, without an evaluation.
         data_std (`float`, defaults to 1.0): that step's, see `RCFDScheduler`.
+
+    Raises:
+        ValueError: for nodes that do not fall, and a solver or an order that is none of these.
     """
+    if not all(high > low > 0 for high, low in pairwise(nodes)):
+        raise ValueError(f"`nodes` must be noise levels that fall and stay above 0, got {list(nodes)}.")
+    if solver not in TEACHER_SOLVERS:
+        raise ValueError(f"`solver` must be one of {TEACHER_SOLVERS}, got {solver!r}.")
+    if order not in (1, 2, 3):
+        raise ValueError(f"`order` must be 1, 2 or 3, got {order!r}.")
     states, buffer = [x], []  # of denoised images, newest first
     for i, (s, s_next) in enumerate(pairwise(nodes)):
         if i == 0 and analytical_first:

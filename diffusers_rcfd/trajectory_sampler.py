@@ -6,7 +6,8 @@ from diffusers import ImagePipelineOutput, UNet2DModel
 from diffusers_rcfd.configs import require
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
-from diffusers_rcfd.trajectories import SOLVERS, solve
+from diffusers_rcfd.sfd_config import TEACHER_SOLVERS
+from diffusers_rcfd.trajectories import solve
 
 
 class TrajectoryPipeline(RCFDPipeline):
@@ -17,7 +18,7 @@ class TrajectoryPipeline(RCFDPipeline):
     Args:
         unet (`UNet2DModel`): the network.
         scheduler (`RCFDScheduler`): of the base model: the noise schedule, and what the network predicts.
-        nodes (`list[int]`): falling indices of the schedule.
+        nodes (`list[int]`): falling indices of the schedule, two or more.
         solver (`str`, defaults to `"dpm-solver++"`), order (`int`, defaults to 3), thresholding (`bool`, defaults to
             `True`): see `trajectories.solve`.
 
@@ -29,16 +30,17 @@ class TrajectoryPipeline(RCFDPipeline):
         self,
         unet: UNet2DModel,
         scheduler: RCFDScheduler,
-        nodes: list[int],
+        nodes: list[int] | None = None,
         solver: str = "dpm-solver++",
         order: int = 3,
         thresholding: bool = True,
     ):
         super().__init__(unet, scheduler)
-        falling = [len(self.scheduler), *nodes, -1]
-        fall = len(nodes) > 1 and all(high > low for high, low in zip(falling, falling[1:], strict=False))
+        falling = [len(self.scheduler), *(nodes or ()), -1]
+        fall = len(falling) > 3 and all(high > low for high, low in zip(falling, falling[1:], strict=False))
         require(fall, "nodes", nodes, f"two or more falling indices in 0..{len(self.scheduler) - 1}")
-        require(solver in SOLVERS, "solver", solver, f"one of {SOLVERS}")
+        require(solver in TEACHER_SOLVERS, "solver", solver, f"one of {TEACHER_SOLVERS}")
+        require(order in (1, 2, 3), "order", order, "1, 2 or 3")
         self.register_to_config(nodes=list(nodes), solver=solver, order=order, thresholding=thresholding)
 
     @property

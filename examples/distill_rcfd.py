@@ -112,7 +112,7 @@ def run(job, data, base, classifier, evaluator, distillation):
     unet = None if teacher is not None else new_unet(job, images, distillation.seed)
     check_images_fit(teacher or RCFDPipeline(unet, scheduler), images)
     if guide is not None:
-        check_classifier_fits(guide, images.image_shape[0], rungs, distillation)
+        check_classifier_fits(guide, images.image_shape, rungs, distillation)
     if images.num_classes is None and (judge is None or (guide is None and guided)):
         raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
 

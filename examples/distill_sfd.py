@@ -93,14 +93,23 @@ def run(job, data, base, classifier, evaluator, distillation):
     judge = None if job.evaluator is None else load_feature_classifier(job.evaluator)
     lpips = None if job.lpips_weights is None else LPIPS(job.lpips_weights)
     others = [RCFDPipeline.from_pretrained(name) for name in job.compare_with or ()]
-    guided = distillation.objective != "l1"
+    feature_loss = distillation.objective != "l1"
+    second = teacher is not None and bool(teacher.scheduler.config.nodes)
+    guided = feature_loss or (second and distillation.perceptual_weight > 0 and lpips is None)
     if images.num_classes is None and (judge is None or (guide is None and guided)):
         raise ValueError(f"`dataset` must have class labels to train a classifier with, got {data.dataset!r} without.")
     parts = parts_of(distillation, base, classifier, evaluator, "student")
-    if teacher is not None and (guide is not None or not guided):
-        unmeasured = replace(parts["student"], eval_steps=0, load_best_model_at_end=False)
-        SFDDistillationTrainer(teacher, guide, unmeasured, lpips)
     unet = None if teacher is not None else new_unet(job, images, distillation.seed)
+    first = teacher or RCFDPipeline(unet, RCFDScheduler())
+    for name, pipeline in zip(["teacher", *(job.compare_with or ())], [first, *others], strict=True):
+        fits = pipeline.image_shape == images.image_shape
+        require(fits, name, pipeline.image_shape, f"a pipeline of images {images.image_shape}, as `dataset` has")
+    unmeasured = replace(parts["student"], eval_steps=0, load_best_model_at_end=False)
+    if guided and guide is None:  # nodes and LPIPS alone; the classifier will be made to fit
+        unmeasured = replace(unmeasured, objective="l1", l1_weight=0.0, perceptual_weight=0.0)
+    SFDDistillationTrainer(first, guide, unmeasured, lpips)
+    contests = [(name, N, other) for name, other in zip(job.compare_with or (), others, strict=True)
+                for N in shared_counts(name, other, distillation.student_steps)]  # fmt: skip
     repositories = open_repositories(parts, accelerator)
 
     # 1. The classifier that only measures, and the one whose features are distilled.
@@ -125,10 +134,8 @@ def run(job, data, base, classifier, evaluator, distillation):
     distilled = teacher.scheduler.config.num_inference_steps is not None
     contenders = [] if distilled else [Contender("DDIM", N, teacher) for N in counts]
     contenders += [Contender("teacher", K, sampler) for K, sampler in trainer.teacher_samplers.items()]
-    for name, other in zip(job.compare_with or (), others, strict=True):
-        steps = other.scheduler.config.num_inference_steps
-        contenders += [Contender(Path(name).parent.name, N, other) for N in counts if N == steps]
-    method = ("SFD-v" if len(counts) > 1 else "SFD") + (f" {distillation.objective}" if guided else "")
+    contenders += [Contender(Path(name).parent.name, N, other) for name, N, other in contests]
+    method = ("SFD-v" if len(counts) > 1 else "SFD") + (f" {distillation.objective}" if feature_loss else "")
     contenders += [Contender(method, N, student) for N in counts]
     judge_contenders(job, distillation, contenders, measure)
     if accelerator.is_main_process:
@@ -136,6 +143,14 @@ def run(job, data, base, classifier, evaluator, distillation):
             f"Everything is in {output_dir}: comparison.png, comparison.md, and the pipeline {output_dir / 'student'}"
         )
     accelerator.end_training()
+
+
+def shared_counts(name, student, counts):
+    """The network evaluations among `counts` that a student was made for, falling; a `ValueError` if none."""
+    made_for = student.scheduler.trained_steps or [student.scheduler.config.num_inference_steps]
+    shared = sorted({*made_for} & {*counts}, reverse=True)
+    require(shared, "compare_with", name, f"students made for one of {counts} network evaluations, not {made_for}")
+    return shared
 
 
 if __name__ == "__main__":

@@ -5,8 +5,16 @@ import json
 import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers.utils.logging import disable_propagation, enable_propagation
 
-from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, RCFDPipeline, load_image_data
+from diffusers_rcfd import (
+    CFDDistillationConfig,
+    CFDDistillationTrainer,
+    RCFDPipeline,
+    SFDDistillationConfig,
+    SFDDistillationTrainer,
+    load_image_data,
+)
 from diffusers_rcfd.edm_teacher import edm_sigmas, from_edm
 from diffusers_rcfd.stock_samplers import StockSamplerPipeline
 from tests.toys import parameters, tiny_unet
@@ -81,6 +89,29 @@ def test_stock_samplers_agree_on_edm():
     for N in (2, 8):
         ours = pipeline(4, N, latents=NOISE, output_type="pt").images
         torch.testing.assert_close(stock(4, N, latents=NOISE, output_type="pt").images, ours, rtol=0, atol=2e-4)
+
+
+def test_student_of_sfd_has_no_stock_form_and_says_so(tmp_path, caplog):
+    """Plain Diffusers knows no data_std: the card shows the call that gives the same images, and saving warns."""
+    teacher = RCFDPipeline(edm_unet(num_class_embeds=10), EDMEulerScheduler())
+    config = SFDDistillationConfig(str(tmp_path / "student"), student_steps=[1, 2], max_train_steps=1,
+                                   train_batch_size=4)  # fmt: skip
+    trainer = SFDDistillationTrainer(teacher, config=config)
+    enable_propagation()
+    try:
+        trainer.train()
+    finally:
+        disable_propagation()
+    assert "knows no `data_std`=0.5" in caplog.text
+    student = RCFDPipeline.from_pretrained(tmp_path / "student")
+    assert student.scheduler.config.data_std == 0.5 and not student.scheduler.has_stock_form
+    own = DiffusionPipeline.from_pretrained(tmp_path / "student", custom_pipeline=str(tmp_path / "student"),
+                                            trust_remote_code=True)  # fmt: skip
+    images = (pipe(4, 2, latents=NOISE, class_labels=[0, 1, 2, 3], output_type="pt").images for pipe in (student, own))
+    torch.testing.assert_close(*images)
+    trainer.create_model_card(tmp_path / "student")
+    card = (tmp_path / "student/README.md").read_text()
+    assert "custom_pipeline=repo" in card and "init_noise_sigma" not in card and "[i % 10 for i in range(16)]" in card
 
 
 def test_student_keeps_the_parametrisation(tmp_path):

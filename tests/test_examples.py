@@ -236,6 +236,27 @@ def test_sfd_job_with_a_comparison(tmp_path):
     assert [(row["method"], row["num_inference_steps"]) for row in rows] == [("teacher", 2), ("SFD cfd", 1)]
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (["--teacher", "teacher", "--compare_with", "students/2-step"],
+     r"`compare_with` must be students made for one of \[3\] network evaluations, not \[2\], got"),
+    (["--nodes", "80", "0.0061", "0.006"], "`teacher` must be of a schedule that tells the nodes"),
+    (["--teacher", "large"], r"`teacher` must be a pipeline of images \(1, 8, 8\), as `dataset` has, got \(1, 16"),
+    (["--teacher", "teacher", "--distribution", "spatial", "--feature_stages", "9"], "`feature_stages` must suit"),
+])  # fmt: skip
+def test_sfd_job_finds_what_is_wrong_before_anything_is_trained(tmp_path, monkeypatch, wrong, message):
+    tiny_teacher().save_pretrained(tmp_path / "teacher")
+    tiny_teacher(sample_size=16).save_pretrained(tmp_path / "large")
+    tiny_teacher(2).save_pretrained(tmp_path / "students/2-step")
+    tiny_classifier().save_pretrained(tmp_path / "classifier")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module("distill_sfd")
+    with pytest.raises(ValueError, match=message):
+        script.main([*wrong, "--classifier", "classifier", "--evaluator", "classifier", "--student_steps", "3",
+                     "--output_dir", "run", "--cpu_threads", "1"])  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluate_and_compare(tmp_path):
     """One pipeline alone and beside others, with the same judge: the same number."""
     base, student = tiny_teacher(), tiny_teacher(2, seed=1)

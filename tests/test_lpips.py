@@ -34,6 +34,21 @@ def test_agrees_with_torch_fidelity_and_passes_gradients(tmp_path, monkeypatch):
     assert a.grad.abs().max() > 0
 
 
+def test_under_autocast_only_the_features_are_rounded(tmp_path):
+    torch.manual_seed(0)
+    weights = {f"features.{name}": value for name, value in make_layers(cfgs["D"]).state_dict().items()}
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(weights, tmp_path / VGG_FILE)
+    torch.save(linear, tmp_path / LINEAR_FILE)
+    lpips, image = LPIPS(tmp_path), torch.rand(2, 3, 32, 32) * 2 - 1
+    other = image + 0.3 * torch.randn(image.shape)
+    exact = lpips(image, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = lpips(image, other)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
+
+
 def test_files_that_are_absent_or_hold_other_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"`lpips_weights` must be a folder that holds {VGG_FILE}"):
         LPIPS(tmp_path)

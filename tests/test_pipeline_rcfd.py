@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
-from tests.toys import largest_file, tiny_unet
+from tests.toys import largest_file, tiny_sfd_student, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,12 @@ def test_plain_diffusers_process_without_this_package(pipe, tmp_path):
 def test_networks_that_cannot_be_sampled_are_refused(network, message):
     with pytest.raises(ValueError, match=message):
         RCFDPipeline(tiny_unet(**network), RCFDScheduler())
+
+
+@pytest.mark.parametrize("embeddings", [None, 3])
+def test_step_counts_without_embeddings_of_their_own_are_refused(embeddings):
+    with pytest.raises(ValueError, match=f"`num_class_embeds` in a multiple of 2, .* got {embeddings}"):
+        tiny_sfd_student(num_class_embeds=embeddings)
 
 
 def test_only_safetensors_are_written(pipe, tmp_path):

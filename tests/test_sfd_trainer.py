@@ -1,12 +1,15 @@
 import json
 import signal
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers.utils.logging import disable_propagation, enable_propagation
 
 from diffusers_rcfd import (
+    CFDDistillationConfig,
     CFDDistillationTrainer,
     Evaluator,
     RCFDPipeline,
@@ -290,6 +293,67 @@ def test_second_stage(tmp_path, classifier):
         trainer(tmp_path, teacher, classifier, student_steps=[3])
 
 
+def test_metrics_of_a_term_of_the_last_node_alone(tmp_path, classifier):
+    """Means over all nodes, so that they add up as the loss does."""
+    teacher = trainer(tmp_path / "first", student_steps=[5], max_train_steps=1).train()
+    trainer(tmp_path / "second", teacher, classifier, student_steps=[2], logging_steps=2).train()
+    for line in metrics(tmp_path / "second"):
+        assert line["perceptual"] > 0
+        assert line["loss"] == pytest.approx(line["l1"] + 64 * line["perceptual"], rel=1e-5)
+
+
+def test_lpips_that_does_not_fit_or_is_not_used(tmp_path, caplog):
+    teacher = trainer(tmp_path / "first", student_steps=[5], max_train_steps=1).train()
+    lpips = SimpleNamespace(min_size=16)
+    allowed = r"`lpips` must be for images of 1 or 3 channels and 16 pixels a side or more, got \(1, 8, 8\)"
+    with pytest.raises(ValueError, match=allowed):
+        trainer(tmp_path, teacher, None, lpips, student_steps=[1])
+    enable_propagation()
+    try:
+        trainer(tmp_path, None, None, lambda a, b: 0)
+    finally:
+        disable_propagation()
+    assert "`lpips` is not used" in caplog.text
+
+
+def test_stages_that_the_classifier_lacks(tmp_path, classifier):
+    options = {"distribution": "spatial", "feature_stages": [9]}
+    message = r"`feature_stages` must suit the classifier, got \[9\]: .* must be in -"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, None, classifier, objective="cfd", **options)
+    ladder = CFDDistillationConfig(str(tmp_path), student_steps=[1], objective="cfd", **options)
+    with pytest.raises(ValueError, match=message):
+        CFDDistillationTrainer(tiny_teacher(), classifier, ladder, load_image_data())
+
+
+def test_teacher_of_diffusers_keeps_its_name_and_leaves_no_folder_in_the_student(tmp_path):
+    DDIMPipeline(tiny_teacher().unet, DDIMScheduler()).save_pretrained(tmp_path / "teacher")
+    teacher = DDIMPipeline.from_pretrained(tmp_path / "teacher")
+    run = trainer(tmp_path / "run", teacher, max_train_steps=1)
+    assert str(run.teacher_name) == str(tmp_path / "teacher")
+    run.train()
+    run.create_model_card(tmp_path / "run")  # of a teacher from a `Path`
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "run/unet").glob("*.json"))
+    for kind in (SFDDistillationTrainer, CFDDistillationTrainer):
+        with pytest.raises(TypeError, match="`teacher` must be a pipeline with a unet and a scheduler, got str"):
+            kind("a/name")
+
+
+def test_schedule_that_does_not_reach_the_nodes_or_cannot_be_inverted(tmp_path, caplog):
+    """Stable Diffusion's ends at 14.6: the nodes are the nearest there are, and it is said."""
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    enable_propagation()
+    try:
+        run = trainer(tmp_path, RCFDPipeline(tiny_teacher().unet, scheduler))
+    finally:
+        disable_propagation()
+    assert "does not reach the nodes 80, 10.9, 0.67, 0.006: they are 14.6, 10.9, 0.67, 0.0292" in caplog.text
+    assert list(run.teacher_samplers) == [len(run.routes[0].teacher) - 1]
+    flat = RCFDScheduler(trained_betas=[0.9] * 1025)
+    with pytest.raises(ValueError, match="The schedule must be invertible"):
+        trainer(tmp_path, RCFDPipeline(tiny_teacher().unet, flat))
+
+
 def test_student_of_sfd_is_no_teacher_of_a_ladder(tmp_path):
     run = trainer(tmp_path)
     student = RCFDPipeline(tiny_teacher().unet, run.scheduler)
@@ -349,7 +413,9 @@ def test_rcfd_of_accumulated_batches_is_that_of_the_whole(tmp_path, classifier, 
 def test_checkpoint_of_other_nodes_or_another_teacher_is_refused(tmp_path):
     trainer(tmp_path, max_train_steps=2).train()
     again = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
-    for name, other in (("nodes", {"student_steps": [3]}), ("teacher_nodes", {"teacher_steps": 3}),
+    for name, other in (("nodes", {"student_steps": [4]}), ("teacher_nodes", {"teacher_steps": 3}),
+                        ("student_steps", {"student_steps": [3], "analytical_first_step": False}),
+                        ("solver", {"teacher_solver": "heun"}), ("solver", {"dynamic_thresholding": False}),
                         ("network.num_class_embeds", {"teacher": tiny_teacher(num_class_embeds=3)})):  # fmt: skip
         with pytest.raises(ValueError, match=f"is of another run: its {name} is"):
             trainer(tmp_path, **again | other).train()

@@ -5,7 +5,7 @@ from diffusers_rcfd import RCFDPipeline, RCFDScheduler
 from diffusers_rcfd.configs import STOCK_SAMPLERS
 from diffusers_rcfd.scheduling_rcfd import eps_from_x0, v_from_x0
 from diffusers_rcfd.stock_samplers import StockSamplerPipeline
-from tests.toys import tiny_teacher
+from tests.toys import tiny_sfd_student, tiny_teacher
 
 
 class GaussianNetwork:
@@ -92,6 +92,12 @@ def test_class_conditional_models_keep_their_labels():
     assert not torch.equal(zero, one)
     with pytest.raises(ValueError, match="class_labels"):
         pipeline(2, 2, latents=noise)
+
+
+def test_student_of_sfd_is_no_base_model():
+    student = tiny_sfd_student()
+    with pytest.raises(ValueError, match="`scheduler` must be of a base model, without `nodes`"):
+        StockSamplerPipeline(student.unet, student.scheduler)
 
 
 def test_unknown_sampler_is_named():

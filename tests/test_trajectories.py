@@ -160,6 +160,20 @@ def test_bad_nodes(options, message):
         rho_nodes(**({"num_nodes": 4} | options))
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"nodes": [1.0, 2.0]}, r"`nodes` must be noise levels that fall and stay above 0, got \[1.0, 2.0\]"),
+        ({"nodes": [1.0, 0.0]}, "`nodes` must be noise levels that fall"),
+        ({"solver": "rk4"}, "`solver` must be one of .*, got 'rk4'"),
+        ({"order": 4}, "`order` must be 1, 2 or 3, got 4"),
+    ],
+)
+def test_solver_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        solve(lambda x, i: x, noise(), **({"nodes": [2.0, 1.0]} | options))
+
+
 def test_levels_out_of_order_and_a_schedule_that_cannot_be_inverted():
     with pytest.raises(ValueError, match=r"`nodes` must be two or more noise levels that fall.* \[1.0, 2.0\]"):
         subdivide(torch.tensor([1.0, 2.0]), 2)
