@@ -167,6 +167,7 @@ ENTRIES = {
     "SFD, no AFS, in stages": Stages([2, 1], **THEN_ONE, options=PAPER | OWN_NODES),
     "CFD on SFD's pairs": Trajectories([4, 2, 1], OURS),
     "CFD on SFD's pairs, in stages": Stages([2, 1], **THEN_ONE, options=OURS),
+    "CFD on SFD's pairs, and L1, in stages": Stages([2, 1], **THEN_ONE, options=OURS | {"l1_weight": 0.01}),
     "CFD on SFD's pairs, in 3 stages": Stages([4, 2, 1], [300, 300, 400], [0.8, 1.0, 1.0], OURS),
     "CFD on SFD's pairs, tau 1": Trajectories([2], OURS | {"temperature": 1.0}),
     "CFD on SFD's pairs, thresholding": Trajectories([2], OURS | {"dynamic_thresholding": True}),
