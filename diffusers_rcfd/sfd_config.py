@@ -90,6 +90,11 @@ class SFDDistillationConfig(FeatureLossConfig):
         for name in ("l1_weight", "regularization_weight", "perceptual_weight"):
             value = getattr(self, name)
             require(is_number(value) and value >= 0, name, value, "a number of at least 0")
+        require(not self.random_flip, "random_flip", self.random_flip, "False: SFD takes no images")
+        workers, warmup = self.dataloader_num_workers, self.lr_warmup_steps
+        require(workers == 0, "dataloader_num_workers", workers, "0: SFD takes no images")
+        warms = self.lr_scheduler != "piecewise_constant"
+        require(warms or warmup == 0, "lr_warmup_steps", warmup, "0 with lr_scheduler 'piecewise_constant'")
         gamma = self.entropy_ratio
         require(is_number(gamma) and 0 <= gamma <= 1, "entropy_ratio", gamma, "in [0, 1]")
         self.check_temperature(self.temperature)

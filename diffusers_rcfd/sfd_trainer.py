@@ -82,6 +82,9 @@ class SFDDistillationTrainer(GeneratorTrainer):
     A student ends where its teacher's trajectory ends: `teacher_samplers`, the pipelines of that by their network
     evaluations, can be measured before anything is trained.
 
+    Unlike the authors' code it turns dropout off, skips a step whose gradient is not finite (there NaN becomes 0), and
+    can average the weights (`ema_decay`); average and learning rate move once for each batch.
+
     Args:
         teacher (`DiffusionPipeline`): a base model, or any pipeline of a `UNet2DModel` and a DDIM-like scheduler; or
             a student of SFD.
