@@ -197,6 +197,7 @@ SEVERAL_BUDGETS = (
     "SFD, no thresholding, no AFS",
     "CFD on SFD's pairs, in stages",
 )
+TOP = 15  # of the figures
 SHOWN = {  # in the figures, by name; the others in grey
     "PD ladder": {"color": "C0", "marker": "o"},
     "RCFD ladder": {"color": "C1", "marker": "o"},
@@ -204,7 +205,7 @@ SHOWN = {  # in the figures, by name; the others in grey
     "SFD (L1, AFS, thresholding)": {"color": "C5", "marker": "^"},
     "SFD, no AFS, in stages": {"color": "C4", "marker": "D"},
     "SFD-v, no thresholding, no AFS": {"color": "C9", "marker": "s"},
-    "SFD-v by CFD": {"color": "C2", "marker": "s"},
+    "SFD-v by CFD, one trajectory of 8": {"color": "C2", "marker": "s"},
     "CFD on SFD's pairs, in stages": {"color": "C3", "marker": "*"},
     "CFD on SFD's pairs, 4 by 8": {"color": "C6", "marker": "X"},
 }
@@ -303,7 +304,7 @@ def write_report():
             seeds = sorted({row["seed"] for row in rows})
             sections += [
                 f"## {data}, seeds {', '.join(map(str, seeds))}",
-                f"![FD against cost; grey: variants, which the table names]({picture})",
+                f"![FD against cost, up to {TOP}; grey: variants, which the table names]({picture})",
                 table(curves),
                 teacher_table(curves),
             ]
@@ -381,12 +382,14 @@ def draw(curves, path):
                     axis.plot(costs, distances, ".", color="0.7", zorder=0)
         title = f"{N} evaluation{'s' * (N > 1)}"
         axis.set(xscale="log", yscale="log", xlabel="cost, forward equivalents", title=title)
+        axis.set_ylim(top=TOP)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("FD")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, fontsize=9)
+    labels = [method for method in SHOWN if method in handles]
+    figure.legend([handles[method] for method in labels], labels, loc="lower center", ncols=5, fontsize=9)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
