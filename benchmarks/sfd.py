@@ -207,6 +207,7 @@ SHOWN = {  # in the figures, by name; the others in grey
     "SFD-v, no thresholding, no AFS": {"color": "C9", "marker": "s"},
     "SFD-v by CFD, one trajectory of 8": {"color": "C2", "marker": "s"},
     "CFD on SFD's pairs, in stages": {"color": "C3", "marker": "*"},
+    "CFD on SFD's pairs, and L1, in stages": {"color": "black", "marker": "P"},
     "CFD on SFD's pairs, 4 by 8": {"color": "C6", "marker": "X"},
 }
 
