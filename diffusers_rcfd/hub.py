@@ -11,7 +11,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-LOCAL_ONLY = ["checkpoint-*", "partial-*", "logs", "*-step", "samples"]
+# Of an output folder; patterns are of files, so that those of a folder end with a star.
+LOCAL_ONLY = ["checkpoint-*", "partial-*", "unused-*", "best/*", "logs/*", "samples/*", "*-step/*"]
 
 
 def open_repository(repo_id: str, token: str | None = None, private: bool | None = None) -> str:
@@ -66,7 +67,7 @@ def publish_folder(
     """Upload a folder as one commit; returns the commit's address.
 
     Args:
-        folder (`Path`): what to upload; checkpoints, samples, logs and the folders of rungs are left out.
+        folder (`Path`): what to upload; checkpoints, `best`, samples, logs and the folders of rungs are left out.
         repo_id (`str`): "owner/name" of an existing model repository.
         revision (`str`, *optional*): branch, made if it is missing; `main` by default.
         token (`str`, *optional*): defaults to that of `hf auth login`.

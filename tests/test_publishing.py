@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from diffusers_rcfd import (
@@ -19,6 +20,8 @@ from diffusers_rcfd import (
     Evaluator,
     RCFDPipeline,
     RCFDScheduler,
+    SFDDistillationConfig,
+    SFDDistillationTrainer,
     load_image_data,
 )
 from diffusers_rcfd.cfd_config import Rung
@@ -62,6 +65,23 @@ def distil(folder, evaluate=False, **options):
     if evaluate:
         trainer.evaluate(Evaluator(tiny_classifier().eval(), data, name="tiny", cache_dir=False), num_images=16)
         trainer.push_to_hub()
+
+
+def distil_sfd(folder, **options):
+    """SFD-v, and its images by the card's call of plain Diffusers less those of the pipeline, from the Hub."""
+    options |= {"student_steps": [1, 2], "max_train_steps": 1, "train_batch_size": 4, "num_sample_images": 4}
+    config = SFDDistillationConfig(output_dir=str(folder), push_to_hub=True, report_to="tensorboard", sample_steps=1,
+                                   checkpointing_steps=1, **options)  # fmt: skip
+    SFDDistillationTrainer(tiny_teacher(), None, config).train()
+    own = RCFDPipeline.from_pretrained(config.hub_model_id)
+    stock = DiffusionPipeline.from_pretrained(config.hub_model_id)
+    call = own.stock_call()
+    stock.scheduler.init_noise_sigma = call["init_noise_sigma"]
+    options = {"output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    call = {"num_inference_steps": None, "timesteps": call["timesteps"], "class_labels": call["class_labels"]}
+    theirs = stock(1, **call, **options).images
+    options["generator"].manual_seed(0)
+    return (own(1, 2, **options).images - theirs).abs().max().item()
 
 
 def train_base(folder, **options):
@@ -113,6 +133,17 @@ def test_strategies(hub, client, tmp_path, strategy, branches):
     assert {branch for branch in branches if hub.files(name, branch)} == branches
     if strategy == "checkpoint":
         assert "trainer_state.json" in hub.files(name, "checkpoint")
+
+
+def test_student_of_sfd(hub, client, tmp_path):
+    assert client(distil_sfd, tmp_path / "run", hub_model_id="anna/sfd") < 1e-4
+    files = hub.files("anna/sfd")
+    assert {"README.md", "samples.png", "model_index.json", "pipeline.py"} <= files.keys()
+    local = ("checkpoint-1/", "samples/", "logs/")
+    assert all((tmp_path / "run" / name).is_dir() for name in local)
+    assert not any(name.startswith(local) for name in files)
+    card = ModelCard(files["README.md"].decode())
+    assert "**1, 2 network evaluations** by SFD" in card.text and "sfd" in card.data.tags
 
 
 def test_base_model_and_classifier(hub, client, tmp_path):
