@@ -115,12 +115,8 @@ class RCFDPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a value outside those named above.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        device, dtype = self._device_and_dtype()
-        z = self._initial_noise(batch_size, generator, latents, device)
-        class_labels = self._check_class_labels(class_labels, len(z), device)
-
+        z, class_labels, dtype = self._begin(batch_size, generator, class_labels, latents, output_type)
+        device = z.device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         class_labels = self.network_labels(class_labels, z)
         z = z * self.scheduler.init_noise_sigma
@@ -129,6 +125,14 @@ class RCFDPipeline(DiffusionPipeline):
             z = self.scheduler.step(model_output.float(), t, z, return_dict=False)[0]
 
         return self._finish(z * self.scheduler.config.data_std, output_type, return_dict)  # z_0 is x0 / data_std
+
+    def _begin(self, batch_size, generator, class_labels, latents, output_type) -> tuple:
+        """The checked arguments of a call as noise (B, C, H, W) and labels (B,) or None, and the network's type."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        device, dtype = self._device_and_dtype()
+        z = self._initial_noise(batch_size, generator, latents, device)
+        return z, self._check_class_labels(class_labels, len(z), device), dtype
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where and in which number type the network computes; Diffusers' own answers take as long as a small network.

@@ -31,6 +31,7 @@ from diffusers_rcfd.trajectories import (
     analytical_first_step,
     euler_step,
     nearest_indices,
+    network_calls,
     one_step_target,
     rho_nodes,
     solve,
@@ -169,8 +170,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
                 f"The teacher's schedule does not reach the nodes {', '.join(wanted)}: they are {', '.join(given)}, "
                 f"and the teacher takes {len(teacher) - 1} steps. See `sigma_max`, `sigma_min` and `nodes`."
             )
-        calls = 2 if config.teacher_solver == "heun" else 1
-        return Route(student, teacher, calls * (len(teacher) - 1))
+        return Route(student, teacher, network_calls(teacher, config.teacher_solver))
 
     def _teacher_row(self) -> int:
         """Which of its step counts a student of SFD teaches with: its default one."""

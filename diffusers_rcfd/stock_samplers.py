@@ -53,7 +53,8 @@ class StockSamplerPipeline(RCFDPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: RCFDScheduler, sampler: str = "ddim"):
         super().__init__(unet, scheduler)
         require(sampler in STOCK_SAMPLERS, "sampler", sampler, f"one of {STOCK_SAMPLERS}")
-        require(not scheduler.config.nodes, "scheduler", scheduler.config.nodes, "of a base model, without `nodes`")
+        nodes = self.scheduler.config.nodes
+        require(not nodes, "scheduler", nodes, "of a base model, without `nodes`")
         self.register_to_config(sampler=sampler)
 
     @property
@@ -120,9 +121,9 @@ class StockSamplerPipeline(RCFDPipeline):
         Raises:
             ValueError: for arguments not allowed, among them a number of evaluations that the sampler cannot take.
         """
-        stock, (device, dtype) = self.stock_scheduler(num_inference_steps), self._device_and_dtype()
-        x = self._initial_noise(batch_size, generator, latents, device) * stock.init_noise_sigma
-        class_labels = self._check_class_labels(class_labels, len(x), device)
+        stock = self.stock_scheduler(num_inference_steps)
+        x, class_labels, dtype = self._begin(batch_size, generator, class_labels, latents, output_type)
+        x, device = x * stock.init_noise_sigma, x.device
         for t in self.progress_bar(stock.timesteps):
             index = int(t)
             z = stock.scale_model_input(x, t)

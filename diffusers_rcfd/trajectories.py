@@ -184,6 +184,11 @@ def solve(
     return states
 
 
+def network_calls(nodes: Sequence, solver: str) -> int:
+    """Network evaluations that `solve` takes down `nodes` without an analytical first step."""
+    return (len(nodes) - 1) * (2 if solver == "heun" else 1)
+
+
 def one_step_target(x: torch.Tensor, x_next: torch.Tensor, s: float, s_next: float) -> torch.Tensor:
     """D*, the denoised image whose Euler step leads from x at s to `x_next` at s'.
 

@@ -7,7 +7,7 @@ from diffusers_rcfd.configs import require
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.sfd_config import TEACHER_SOLVERS
-from diffusers_rcfd.trajectories import solve
+from diffusers_rcfd.trajectories import network_calls, solve
 
 
 class TrajectoryPipeline(RCFDPipeline):
@@ -23,7 +23,7 @@ class TrajectoryPipeline(RCFDPipeline):
             `True`): see `trajectories.solve`.
 
     Raises:
-        ValueError: for nodes that do not fall or an unknown solver.
+        ValueError: for nodes that do not fall, and a solver or an order that is none of these.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TrajectoryPipeline(RCFDPipeline):
     @property
     def num_evaluations(self) -> int:
         """Network evaluations of an image."""
-        return (len(self.config.nodes) - 1) * (2 if self.config.solver == "heun" else 1)
+        return network_calls(self.config.nodes, self.config.solver)
 
     @torch.no_grad()
     def __call__(
@@ -67,14 +67,12 @@ class TrajectoryPipeline(RCFDPipeline):
         allowed = f"{self.num_evaluations}, the evaluations of its nodes"
         given = num_inference_steps in (None, self.num_evaluations)
         require(given, "num_inference_steps", num_inference_steps, allowed)
-        device, dtype = self._device_and_dtype()
-        z = self._initial_noise(batch_size, generator, latents, device)
-        class_labels = self._check_class_labels(class_labels, len(z), device)
+        z, class_labels, dtype = self._begin(batch_size, generator, class_labels, latents, output_type)
         nodes, alpha = self.config.nodes, self.scheduler.alpha
         nu = (self.scheduler.sigma / alpha)[nodes].tolist()
 
         def denoise(x, i):
-            z, t = alpha[nodes[i]].item() * x, torch.full((len(x),), nodes[i], device=device)
+            z, t = alpha[nodes[i]].item() * x, torch.full((len(x),), nodes[i], device=x.device)
             output = self.unet(z.to(dtype), t, class_labels, return_dict=False)[0]
             return self.scheduler.predict_x0(output.float(), z, t)
 

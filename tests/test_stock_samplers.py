@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
 from diffusers_rcfd.configs import STOCK_SAMPLERS
@@ -98,6 +99,13 @@ def test_student_of_sfd_is_no_base_model():
     student = tiny_sfd_student()
     with pytest.raises(ValueError, match="`scheduler` must be of a base model, without `nodes`"):
         StockSamplerPipeline(student.unet, student.scheduler)
+
+
+def test_scheduler_of_diffusers_and_a_wrong_output_type():
+    pipeline = StockSamplerPipeline(tiny_teacher().unet, DDIMScheduler())
+    assert pipeline(2, 2, output_type="pt").images.shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="`output_type` must be one of .*, got 'jpg'"):
+        pipeline(2, 2, output_type="jpg")
 
 
 def test_unknown_sampler_is_named():
