@@ -101,9 +101,10 @@ def run(job, data, base, classifier, evaluator, distillation):
     parts = parts_of(distillation, base, classifier, evaluator, "student")
     unet = None if teacher is not None else new_unet(job, images, distillation.seed)
     first = teacher or RCFDPipeline(unet, RCFDScheduler())
-    for name, pipeline in zip(["teacher", *(job.compare_with or ())], [first, *others], strict=True):
+    for option_name, pipeline in [("teacher", first), *(("compare_with", other) for other in others)]:
         fits = pipeline.image_shape == images.image_shape
-        require(fits, name, pipeline.image_shape, f"a pipeline of images {images.image_shape}, as `dataset` has")
+        allowed = f"for images {images.image_shape}, as `dataset` has"
+        require(fits, option_name, pipeline.image_shape, allowed)
     unmeasured = replace(parts["student"], eval_steps=0, load_best_model_at_end=False)
     if guided and guide is None:  # nodes and LPIPS alone; the classifier will be made to fit
         unmeasured = replace(unmeasured, objective="l1", l1_weight=0.0, perceptual_weight=0.0)
@@ -149,7 +150,8 @@ def shared_counts(name, student, counts):
     """The network evaluations among `counts` that a student was made for, falling; a `ValueError` if none."""
     made_for = student.scheduler.trained_steps or [student.scheduler.config.num_inference_steps]
     shared = sorted({*made_for} & {*counts}, reverse=True)
-    require(shared, "compare_with", name, f"students made for one of {counts} network evaluations, not {made_for}")
+    found = "a base model" if made_for == [None] else f"one for {made_for}"
+    require(shared, "compare_with", f"{name}, {found}", f"students made for one of {counts} network evaluations")
     return shared
 
 

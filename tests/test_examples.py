@@ -238,9 +238,11 @@ def test_sfd_job_with_a_comparison(tmp_path):
 
 @pytest.mark.parametrize("wrong, message", [
     (["--teacher", "teacher", "--compare_with", "students/2-step"],
-     r"`compare_with` must be students made for one of \[3\] network evaluations, not \[2\], got"),
+     r"`compare_with` must be students made for one of \[3\] network .* got 'students/2-step, one for \[2\]"),
+    (["--teacher", "teacher", "--compare_with", "teacher"], "`compare_with` must be students .* got 'teacher, a base"),
+    (["--teacher", "teacher", "--compare_with", "large"], r"`compare_with` must be for images \(1, 8, 8\), as `data"),
     (["--nodes", "80", "0.0061", "0.006"], "`teacher` must be of a schedule that tells the nodes"),
-    (["--teacher", "large"], r"`teacher` must be a pipeline of images \(1, 8, 8\), as `dataset` has, got \(1, 16"),
+    (["--teacher", "large"], r"`teacher` must be for images \(1, 8, 8\), as `dataset` has, got \(1, 16"),
     (["--teacher", "teacher", "--distribution", "spatial", "--feature_stages", "9"], "`feature_stages` must suit"),
 ])  # fmt: skip
 def test_sfd_job_finds_what_is_wrong_before_anything_is_trained(tmp_path, monkeypatch, wrong, message):
