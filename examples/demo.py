@@ -89,7 +89,8 @@ def load_pipeline(source: str, revision: str | None, device: str):
 
     options = {"revision": revision} if revision else {}
     pipeline = diffusers_rcfd.RCFDPipeline.from_pretrained(source, use_safetensors=True, **options).to(device)
-    list(generate_images(pipeline, 1, num_inference_steps=1, progress=False))
+    steps = min(pipeline.scheduler.trained_steps, default=1)
+    list(generate_images(pipeline, 1, num_inference_steps=steps, progress=False))
     return pipeline
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from diffusers_rcfd import RCFDPipeline
 from diffusers_rcfd.image_sampling import initial_noise
 from tests.fake_hub import FakeHub
-from tests.toys import tiny_teacher
+from tests.toys import tiny_sfd_student, tiny_teacher
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo.py"
@@ -225,6 +225,13 @@ def test_own_rung_is_preferred_to_the_folder_s_pipeline(demo, models, tmp_path):
     shutil.copytree(models / "students" / "4-step", tmp_path / "4-step")
     assert demo.find_pipeline(str(tmp_path), 4) == (str(tmp_path / "4-step"), None)
     assert demo.find_pipeline(str(tmp_path), 2) == (str(tmp_path), None)
+
+
+def test_student_of_two_evaluations_and_more(demo, tmp_path):
+    tiny_sfd_student().save_pretrained(tmp_path)
+    pipeline = demo.load_pipeline(str(tmp_path), None, "cpu")
+    images, seconds = demo.sample(pipeline, 2, num_images=3, seed=0)
+    assert images.shape == (3, 1, 8, 8) and seconds > 0
 
 
 def test_pickled_weights_are_not_read(demo, models, tmp_path):
