@@ -41,10 +41,16 @@ class Job:
     backbone: str = option("resnet18", "timm network of a classifier trained here.")
     evaluator_backbone: str = option("resnet18", "timm network of an evaluator trained here.")
     small_stem: bool = option(True, "ResNet and DenseNet classifiers begin with a 3x3 convolution, for small images.")
-    compare_with_pd: bool = option(True, "Also distil the classifier-guided rungs by pd, for the comparison.")
     num_eval_images: int = option(50_000, "Generated images that each line of the comparison is measured on.")
     eval_batch_size: int = option(256, "Images that the comparison generates at a time.")
     cpu_threads: int | None = option(None, "Threads of a single process without a GPU; unset: one for each core.")
+
+
+@dataclass
+class LadderJob(Job):
+    """That, and what a ladder is compared with."""
+
+    compare_with_pd: bool = option(True, "Also distil the classifier-guided rungs by pd, for the comparison.")
 
 
 SHARED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "mixed_precision", "report_to",
@@ -52,7 +58,7 @@ SHARED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed"
 
 
 GROUPS = (
-    Job,
+    LadderJob,
     DataConfig,
     (DiffusionConfig, "base_", SHARED),
     (ClassifierConfig, "classifier_", SHARED),

@@ -135,7 +135,7 @@ def run(job, data, base, classifier, evaluator, distillation):
     distilled = teacher.scheduler.config.num_inference_steps is not None
     contenders = [] if distilled else [Contender("DDIM", N, teacher) for N in counts]
     contenders += [Contender("teacher", K, sampler) for K, sampler in trainer.teacher_samplers.items()]
-    contenders += [Contender(Path(name).parent.name, N, other) for name, N, other in contests]
+    contenders += [Contender("/".join(Path(name).parts[-2:]), N, other) for name, N, other in contests]
     method = ("SFD-v" if len(counts) > 1 else "SFD") + (f" {distillation.objective}" if feature_loss else "")
     contenders += [Contender(method, N, student) for N in counts]
     judge_contenders(job, distillation, contenders, measure)

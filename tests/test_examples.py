@@ -222,7 +222,8 @@ def test_sfd_job_with_a_comparison(tmp_path):
     run("distill_sfd.py", *small)
     rows = json.loads((tmp_path / "run/comparison.json").read_text())
     assert [(row["method"], row["num_inference_steps"]) for row in rows] == [
-        ("DDIM", 2), ("DDIM", 1), ("teacher", 4), ("teacher", 8), ("students", 2), ("SFD-v cfd", 2), ("SFD-v cfd", 1)
+        ("DDIM", 2), ("DDIM", 1), ("teacher", 4), ("teacher", 8),
+        ("students/2-step", 2), ("SFD-v cfd", 2), ("SFD-v cfd", 1),
     ]  # fmt: skip
     assert RCFDPipeline.from_pretrained(tmp_path / "run/student").scheduler.trained_steps == [1, 2]
     refused = run("distill_sfd.py", *small, expect=1)
