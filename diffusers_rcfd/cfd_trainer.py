@@ -127,12 +127,15 @@ class CFDDistillationTrainer(GeneratorTrainer):
 
         Returns:
             `dict[int, dict]`: `EvaluationResult.to_dict()` by student steps, saved as `evaluation.json`.
+
+        Raises:
+            ValueError: if there is no evaluator.
         """
-        results = {}
+        judge, results = self._judge(evaluator), {}
         for rung in self.rungs:
             if (self.output_dir / rung.name / "model_index.json").is_file():
                 student = RCFDPipeline.from_pretrained(str(self.output_dir / rung.name)).to(self.accelerator.device)
-                result = (evaluator or self.evaluator).evaluate_pipeline(student, num_images)
+                result = judge.evaluate_pipeline(student, num_images)
                 results[rung.student_steps] = result.to_dict()
                 self.write_metrics({"stage": rung.name, **result.named_values})
                 if self.accelerator.is_main_process:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from diffusers_rcfd.batches import derived_seed
 from diffusers_rcfd.checkpoints import EVALUATION_FILE, write_json
-from diffusers_rcfd.configs import GeneratorConfig
+from diffusers_rcfd.configs import GeneratorConfig, require
 from diffusers_rcfd.evaluation import EvaluationResult, Evaluator
 from diffusers_rcfd.model_card import read_evaluations
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
@@ -101,6 +101,12 @@ class GeneratorTrainer(Trainer):
             values = values | {"collapsed": int(smallest < COLLAPSED)}
         super().write_metrics(values)
 
+    def _judge(self, evaluator: Evaluator | None) -> Evaluator:
+        """The evaluator given, else the trainer's own; a `ValueError` without any."""
+        judge = evaluator or self.evaluator
+        require(judge is not None, "evaluator", None, "given, here or to the trainer")
+        return judge
+
     def _best_folder(self, stage: Stage) -> Path:
         return self.output_dir / "best" / stage.name
 
@@ -136,11 +142,14 @@ def as_pipeline(teacher: DiffusionPipeline) -> RCFDPipeline:
 
     Raises:
         TypeError: if it is no pipeline with a `unet` and a `scheduler`.
+        ValueError: if its weights, from which the student starts, are narrower than float32.
     """
-    if isinstance(teacher, RCFDPipeline):
-        return teacher
     if not isinstance(teacher, DiffusionPipeline) or not {"unet", "scheduler"} <= teacher.components.keys():
         raise TypeError(f"`teacher` must be a pipeline with a unet and a scheduler, got {type(teacher).__name__}.")
+    dtype = teacher.unet.dtype
+    require(dtype == torch.float32, "teacher", dtype, "in float32, which `mixed_precision` narrows for its passes")
+    if isinstance(teacher, RCFDPipeline):
+        return teacher
     pipeline = RCFDPipeline(teacher.unet, teacher.scheduler)
     pipeline.register_to_config(_name_or_path=teacher.name_or_path)
     return pipeline

@@ -17,15 +17,22 @@ from diffusers_rcfd.hub import read_card
 if TYPE_CHECKING:
     from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 
-ARXIV = "2211.12039"
+CFD_ARXIV, SFD_ARXIV = "2211.12039", "2409.19681"
 BEGIN, END = "<!-- diffusers_rcfd: written by the trainer -->", "<!-- diffusers_rcfd: end -->"
 PACKAGES = ("torch", "diffusers", "accelerate", "huggingface-hub")
-CITATION = """@inproceedings{sun2023accelerating,
+CFD_CITATION = """@inproceedings{sun2023accelerating,
   title     = {Accelerating Diffusion Sampling with Classifier-based Feature Distillation},
   author    = {Sun, Wujie and Chen, Defang and Wang, Can and Ye, Deshi and Feng, Yan and Chen, Chun},
   booktitle = {IEEE International Conference on Multimedia and Expo},
   year      = {2023},
   eprint    = {2211.12039},
+}"""
+SFD_CITATION = """@inproceedings{zhou2024simple,
+  title     = {Simple and Fast Distillation of Diffusion Models},
+  author    = {Zhou, Zhenyu and Chen, Defang and Wang, Can and Chen, Chun and Lyu, Siwei},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  eprint    = {2409.19681},
 }"""
 
 
@@ -49,7 +56,9 @@ class RunDescription:
         data_std (`float`, defaults to 1.0): of the scheduler; others than 1 are unknown to stock pipelines.
         num_inference_steps (`int`, *optional*): steps of a model with no `rungs`.
         network_evaluations (`list[int]`): of a student of SFD, which has no rungs: the numbers that it samples in.
-        stock_call (`dict`): of a student of SFD, `RCFDPipeline.stock_call`; none without a stock form.
+        objective (`str`, *optional*): of a student of SFD: l1, cfd or rcfd; None where it is not known.
+        stock_calls (`dict[int, dict]`): of a student of SFD, `RCFDPipeline.stock_call` for each of those numbers; none
+            without a stock form.
     """
 
     repo_id: str
@@ -67,7 +76,8 @@ class RunDescription:
     data_std: float = 1.0
     num_inference_steps: int | None = None
     network_evaluations: list[int] = field(default_factory=list)
-    stock_call: dict[str, Any] = field(default_factory=dict)
+    objective: str | None = None
+    stock_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def student_steps(self) -> int | None:
@@ -75,6 +85,24 @@ class RunDescription:
         if self.network_evaluations:
             return max(self.network_evaluations)
         return self.rungs[-1].student_steps if self.rungs else self.num_inference_steps
+
+    @property
+    def papers(self) -> dict[str, str]:
+        """The methods' papers, their BibTeX entries by arXiv number."""
+        sfd = {SFD_ARXIV: SFD_CITATION} if self.network_evaluations else {}
+        return sfd | ({CFD_ARXIV: CFD_CITATION} if self.guided or not sfd else {})
+
+    @property
+    def guided(self) -> bool:
+        """Whether this is a student of SFD by a feature loss."""
+        return self.objective in ("cfd", "rcfd")
+
+
+def steps_described(student: "RCFDPipeline") -> dict[str, Any]:
+    """What a `RunDescription` says of the step counts of a student of SFD; nothing for other models."""
+    counts = sorted(student.scheduler.trained_steps)
+    stock_calls = {N: student.stock_call(N) for N in reversed(counts)} if student.has_stock_form else {}
+    return {"network_evaluations": counts, "stock_calls": stock_calls}
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -108,7 +136,7 @@ def card_metadata(run: RunDescription) -> ModelCardData:
             "diffusers_rcfd",
             *([run.rungs[-1].objective, "distillation", "few-step"] if run.rungs else []),
             *(["sfd", "distillation", "few-step"] if run.network_evaluations else []),
-            f"arxiv:{ARXIV}",
+            *(f"arxiv:{number}" for number in run.papers),
         ],
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=run.repo_id.split("/")[-1] if results else None,
@@ -126,7 +154,7 @@ def card_text(run: RunDescription) -> str:
             _ladder_table(run),
             _evaluation_section(run),
             _training_section(run),
-            f"\n## Citation\n\n```bibtex\n{CITATION}\n```\n\n{END}",
+            "\n## Citation\n\n```bibtex\n{}\n```\n\n{}".format("\n".join(run.papers.values()), END),
         ]
     )
 
@@ -135,7 +163,7 @@ def _training_section(run: RunDescription) -> str:
     if run.rungs is None:
         return ""
     distilled = run.rungs or run.network_evaluations
-    teacher = run.teacher if is_hub_id(run.teacher) else "trained for this run" if distilled else "none"
+    teacher = run.teacher if is_hub_id(run.teacher) else "a local model" if distilled else "none"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return "\n".join(
         [
@@ -157,11 +185,12 @@ def _public_name(dataset: str | None) -> str:
 
 
 def _summary(run: RunDescription) -> str:
-    paper = f"[Sun et al., 2023](https://arxiv.org/abs/{ARXIV})"
+    paper = f"[Sun et al., 2023](https://arxiv.org/abs/{CFD_ARXIV})"
     if run.network_evaluations:
-        counts = ", ".join(map(str, run.network_evaluations))
-        paper = "[Zhou et al., 2024](https://arxiv.org/abs/2409.19681)"
-        return f"A pixel diffusion model distilled to **{counts} network evaluations** by SFD ({paper})."
+        counts, s = ", ".join(map(str, run.network_evaluations)), "s" * (run.network_evaluations != [1])
+        sfd = f"SFD ([Zhou et al., 2024](https://arxiv.org/abs/{SFD_ARXIV}))"
+        features = f", its pairs of images compared by {run.objective.upper()} ({paper})" if run.guided else ""
+        return f"A pixel diffusion model distilled to **{counts} network evaluation{s}** by {sfd}{features}."
     N = run.student_steps
     if N is None:
         predicted = {"sample": "x0", "epsilon": "the noise", "v_prediction": "the velocity v"}[run.prediction_type]
@@ -172,24 +201,31 @@ def _summary(run: RunDescription) -> str:
 
 def _usage(run: RunDescription) -> str:
     steps = run.student_steps or 64
-    ours = "" if run.student_steps else f", num_inference_steps={steps}"
+    ours = "" if run.student_steps and len(run.network_evaluations) < 2 else f", num_inference_steps={steps}"
+    others = ", ".join(map(str, run.network_evaluations[:-1]))
+    choice = f"  # or {others}" if others else ""
     labels = f", class_labels=[i % {run.num_classes} for i in range(16)]" if run.num_classes else ""
     lines = [
         "## Usage\n\n```python",
         "from diffusers_rcfd import RCFDPipeline\n",
         f'pipe = RCFDPipeline.from_pretrained("{run.repo_id}")',
-        f"images = pipe(batch_size=16{ours}{labels}).images\n```\n",
+        f"images = pipe(batch_size=16{ours}{labels}).images{choice}\n```\n",
         "With plain Diffusers:\n\n```python",
         "from diffusers import DiffusionPipeline\n",
     ]
-    if run.stock_call:
-        call = run.stock_call
-        rows = f", class_labels=[{call['class_labels'][0]}] * 16" if call["class_labels"] else ""
-        lines += [
-            f'pipe = DiffusionPipeline.from_pretrained("{run.repo_id}")  # a ConsistencyModelPipeline',
-            f"pipe.scheduler.init_noise_sigma = {call['init_noise_sigma']!r}",
-            f"images = pipe(16, num_inference_steps=None, timesteps={call['timesteps']}{rows}).images\n```\n",
-        ]
+    if run.stock_calls:
+        lines.append(f'pipe = DiffusionPipeline.from_pretrained("{run.repo_id}")  # a ConsistencyModelPipeline')
+        lines += ["label = 0  # the class"] if run.num_classes else []
+        for N, call in run.stock_calls.items():
+            row = "".join(map(str, call["class_labels"] or ()))  # of class 0
+            row = f"{row} + label" if run.num_classes else row
+            rows = f", class_labels=[{row}] * 16" if row else ""
+            lines += [
+                f"\n# {N} network evaluation{'s' * (N > 1)}",
+                f"pipe.scheduler.init_noise_sigma = {call['init_noise_sigma']!r}",
+                f"images = pipe(16, num_inference_steps=None, timesteps={call['timesteps']}{rows}).images",
+            ]
+        lines.append("```\n")
     elif run.network_evaluations or run.num_classes or run.data_std != 1:  # a stock DDIMPipeline knows none of these
         lines += [
             f'repo = "{run.repo_id}"',
@@ -312,8 +348,8 @@ def write_pipeline_card(pipeline: "RCFDPipeline", folder: Path, repo_id: str, to
     import torch
     from torchvision.utils import save_image
 
-    counts, num_classes = sorted(pipeline.scheduler.trained_steps), pipeline.num_classes
-    steps = pipeline.scheduler.config.num_inference_steps or max(counts, default=None)
+    num_classes = pipeline.num_classes
+    steps = pipeline.scheduler.config.num_inference_steps or max(pipeline.scheduler.trained_steps, default=None)
     images = pipeline(
         batch_size=16,
         num_inference_steps=steps or min(64, len(pipeline.scheduler) - 1),
@@ -330,8 +366,7 @@ def write_pipeline_card(pipeline: "RCFDPipeline", folder: Path, repo_id: str, to
         prediction_type=pipeline.scheduler.config.prediction_type,
         data_std=pipeline.scheduler.config.data_std,
         num_inference_steps=steps,
-        network_evaluations=counts,
-        stock_call=pipeline.stock_call() if counts and pipeline.scheduler.has_stock_form else {},
+        **steps_described(pipeline),
     )
     write_model_card(folder, run, read_card(repo_id, token))
 
@@ -350,7 +385,7 @@ def classifier_card(repo_id: str, backbone: str, dataset: str | None, accuracy: 
         pipeline_tag="image-classification",
         license="apache-2.0",
         datasets=[dataset] if is_hub_id(dataset) else None,
-        tags=["diffusers_rcfd", "feature-classifier", f"arxiv:{ARXIV}"],
+        tags=["diffusers_rcfd", "feature-classifier", f"arxiv:{CFD_ARXIV}"],
     )
     measured = "" if accuracy is None else f" Accuracy on held-out images: {accuracy:.4f}."
     return ModelCard(

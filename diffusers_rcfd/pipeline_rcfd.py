@@ -27,9 +27,10 @@ class RCFDPipeline(DiffusionPipeline):
     use_clipped_model_output=True`), and it carries its own code as `pipeline.py` for `custom_pipeline`.
 
     A student of SFD, whose scheduler has `nodes`, is saved as a stock `ConsistencyModelPipeline` instead, the one that
-    takes timesteps one by one. In plain Diffusers its images are the same with what `stock_call` spells out: the nodes
-    as `timesteps`, with an analytical first step also `scheduler.init_noise_sigma`, and for a model of several step
-    counts the `class_labels` that its step count and class have in the network.
+    takes timesteps one by one. If it `has_stock_form`, plain Diffusers makes the same images from a `generator` with
+    what `stock_call` spells out: the nodes as `timesteps`, with an analytical first step also
+    `scheduler.init_noise_sigma`, and for a model of several step counts the `class_labels` that its step count and
+    class have in the network.
 
     Args:
         unet (`UNet2DModel`): the network, unconditional or class-conditional. Where the scheduler has several lists of
@@ -196,6 +197,11 @@ class RCFDPipeline(DiffusionPipeline):
         counts = self.scheduler.trained_steps
         row = counts.index(self.scheduler.num_inference_steps) if counts else 0
         return embedding_rows(class_labels, row, len(counts), self.num_classes, like)
+
+    @property
+    def has_stock_form(self) -> bool:
+        """Whether plain Diffusers can sample a student of SFD alike; its `ConsistencyModelPipeline` makes squares."""
+        return self.scheduler.has_stock_form and isinstance(self.unet.config.sample_size, int)
 
     def stock_call(self, num_inference_steps: int | None = None) -> dict:
         """What the `ConsistencyModelPipeline` that a student of SFD is saved as needs for the same images.

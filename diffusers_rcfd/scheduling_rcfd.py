@@ -221,7 +221,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def has_stock_form(self) -> bool:
-        """Whether plain Diffusers can take the same steps: images in their own units, down to index 0."""
+        """Whether a stock scheduler can take the steps of `nodes`: images in their own units, down to index 0."""
         return self.config.data_std == 1 and not any(nodes[-1] for nodes in self._nodes.values())
 
     def to_dpm_solver(self) -> DPMSolverMultistepScheduler:
@@ -309,7 +309,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         """The rising indices of `nodes` for a number of evaluations, the one of AFS left out."""
         allowed, N = sorted(self._nodes), num_inference_steps
         N = (self.config.num_inference_steps or allowed[-1]) if N is None else N
-        if N not in allowed or isinstance(N, bool):
+        if isinstance(N, bool) or not isinstance(N, int) or N not in allowed:
             raise ValueError(
                 f"`num_inference_steps` must be one of {allowed}: this model was trained for no other, got {N!r}."
             )

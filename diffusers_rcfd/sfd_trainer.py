@@ -22,7 +22,7 @@ from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.feature_terms import check_stages, feature_terms, spatial_distance
 from diffusers_rcfd.generator_trainer import GeneratorTrainer, as_pipeline, sample_grid
 from diffusers_rcfd.losses import log_mean_prediction
-from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
+from diffusers_rcfd.model_card import RunDescription, read_evaluations, steps_described, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline, embedding_rows
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.sfd_config import SFDDistillationConfig
@@ -74,8 +74,9 @@ class SFDDistillationTrainer(GeneratorTrainer):
     A step of the loop is a batch of noise: the teacher takes it down to the last node once, the student node by node,
     with an optimizer step at each and the weights so moved at the next. A checkpoint therefore lies between
     trajectories. The student is an `RCFDPipeline` whose scheduler holds its nodes; it does not clip, as in training.
-    Metrics are means over the optimizer steps, that is over nodes. A batch costs K (N - 1) forward passes of the
-    teacher and, for each evaluation of the student, a forward and a backward pass.
+    Metrics are means over the optimizer steps, that is over nodes. A batch costs the forward passes of the teacher's
+    whole way (K for each of the N - 1 intervals, twice that with heun) and, for each evaluation of the student, a
+    forward and a backward pass.
 
     A teacher that is itself a student of SFD starts the second stage: it samples in its own nodes, by Euler steps,
     and the student's nodes must be among them; `teacher_steps` and the solver are then not used.
@@ -200,10 +201,14 @@ class SFDDistillationTrainer(GeneratorTrainer):
             )
             if not perceptual:
                 logger.warning("`lpips` is not used: it is of the second stage with objective 'l1' alone.")
+        guided = config.objective != "l1" or (perceptual and self.lpips is None)
         if self.classifier is None:
             need = f"objective {config.objective!r}" if config.objective != "l1" else "the second stage without LPIPS"
-            missing = config.objective != "l1" or (perceptual and self.lpips is None)
-            require(not missing, "classifier", None, f"given for {need} (or `perceptual_weight` 0)")
+            require(not guided, "classifier", None, f"given for {need} (or `perceptual_weight` 0)")
+            return
+        if not guided:
+            logger.warning("`classifier` is not used: objective 'l1' compares images.")
+            self.classifier = None
             return
         wanted, num_classes = self.classifier.config.in_channels, self.classifier.config.num_classes
         require(channels in (1, wanted), "classifier", f"one for {wanted}", f"for images of {channels} channel(s)")
@@ -273,7 +278,11 @@ class SFDDistillationTrainer(GeneratorTrainer):
 
     def num_optimizer_steps(self, batch: dict[str, torch.Tensor]) -> int:
         """Network evaluations of the drawn route, each of which has a loss."""
-        return self.config.student_steps[int(batch["route"][0])]
+        return self.config.student_steps[self._row(batch)]
+
+    def _row(self, batch: dict[str, torch.Tensor]) -> int:
+        """Which route a batch takes; it is read from the device only where there are several."""
+        return int(batch["route"][0]) if len(self.routes) > 1 else 0
 
     def prepare_step(self, batches: list[dict[str, Any]]) -> None:
         """Set the batches out on their walk, the first time, and take rcfd's mean prediction where they stand."""
@@ -293,7 +302,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
         Args:
             batch (`dict`): "noise" (B, C, H, W), "route" (B,) all equal, "labels" (B,) where there are classes.
         """
-        row = int(batch["route"][0])
+        row = self._row(batch)
         route, labels = self.routes[row], batch.get("labels")
         x = batch["noise"] / self.scheduler.alpha[route.student[0]].item()
         targets = self.teacher_states(x, route, labels)
@@ -385,10 +394,14 @@ class SFDDistillationTrainer(GeneratorTrainer):
 
         Returns:
             `dict[int, dict]`: `EvaluationResult.to_dict()` by network evaluations, saved as `evaluation.json`.
+
+        Raises:
+            ValueError: if there is no evaluator.
         """
+        judge = self._judge(evaluator)
         student, results = RCFDPipeline.from_pretrained(str(self.output_dir)).to(self.accelerator.device), {}
         for N in student.scheduler.trained_steps:
-            result = (evaluator or self.evaluator).evaluate_pipeline(student, num_images, N, progress=False)
+            result = judge.evaluate_pipeline(student, num_images, N, progress=False)
             results[N] = result.to_dict()
             self.write_metrics({"stage": "student", "num_inference_steps": N, **result.named_values})
             if self.accelerator.is_main_process:
@@ -414,7 +427,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
             training_seconds=self.state.seconds,
             evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
             num_classes=student.num_classes,
-            network_evaluations=sorted(student.scheduler.trained_steps),
-            stock_call=student.stock_call() if student.scheduler.has_stock_form else {},
+            objective=config.objective,
+            **steps_described(student),
         )
         write_model_card(folder, run, existing)

@@ -10,7 +10,10 @@ from itertools import pairwise
 
 import torch
 
+from diffusers_rcfd.scheduling_rcfd import dynamic_threshold
 from diffusers_rcfd.sfd_config import TEACHER_SOLVERS
+
+QUANTILE = 0.995  # of an image's |D|, to which it is squeezed where that is above 1
 
 
 def rho_nodes(
@@ -119,12 +122,6 @@ def dpm_solver_step(x: torch.Tensor, denoised: Sequence[torch.Tensor], levels: S
     return step + p2 * (A + r0 * E2) - p3 * E2
 
 
-def dynamic_threshold(x0: torch.Tensor, ratio: float = 0.995) -> torch.Tensor:
-    """x0 squeezed into [-1, 1] by the quantile q of each image's |x0|, where q is above 1 (Saharia et al. 2022)."""
-    q = torch.quantile(x0.abs().flatten(1).float(), ratio, dim=1).clamp(min=1).view(-1, 1, 1, 1).to(x0.dtype)
-    return x0.clamp(-q, q) / q
-
-
 # --- whole trajectories ---------------------------------------------------------------------------------------------
 
 
@@ -169,7 +166,7 @@ def solve(
             x = analytical_first_step(x, s, s_next, data_std)
         elif solver == "dpm-solver++":
             D = denoise(x, i)
-            buffer = [dynamic_threshold(D) if thresholding else D, *buffer[: order - 1]]
+            buffer = [dynamic_threshold(D, QUANTILE, math.inf) if thresholding else D, *buffer[: order - 1]]
             # The analytical step, if any, has left nothing in the buffer.
             now = min(len(buffer), order if i + 1 < order else min(order, len(nodes) - i - 1))
             x = dpm_solver_step(x, buffer[:now], nodes[max(i + 1 - now, 0) : i + 2][::-1])

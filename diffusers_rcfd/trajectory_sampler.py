@@ -13,7 +13,8 @@ from diffusers_rcfd.trajectories import network_calls, solve
 class TrajectoryPipeline(RCFDPipeline):
     """Samples a base model down the nodes that a student of SFD learns from; called like an `RCFDPipeline`.
 
-    A student ends where its teacher's trajectory ends, so this is what to measure before training one.
+    A student ends where its teacher's trajectory ends, so this is what to measure before training one. It cannot be
+    saved: that is for the base model and the student.
 
     Args:
         unet (`UNet2DModel`): the network.
@@ -23,7 +24,8 @@ class TrajectoryPipeline(RCFDPipeline):
             `True`): see `trajectories.solve`.
 
     Raises:
-        ValueError: for nodes that do not fall, and a solver or an order that is none of these.
+        ValueError: for nodes that do not fall, a solver or an order that is none of these, and a student of SFD,
+            which samples in nodes of its own.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class TrajectoryPipeline(RCFDPipeline):
         thresholding: bool = True,
     ):
         super().__init__(unet, scheduler)
+        own = self.scheduler.config.nodes
+        require(not own, "scheduler", own, "of a base model, without `nodes`")
         falling = [len(self.scheduler), *(nodes or ()), -1]
         fall = len(falling) > 3 and all(high > low for high, low in zip(falling, falling[1:], strict=False))
         require(fall, "nodes", nodes, f"two or more falling indices in 0..{len(self.scheduler) - 1}")
@@ -47,6 +51,14 @@ class TrajectoryPipeline(RCFDPipeline):
     def num_evaluations(self) -> int:
         """Network evaluations of an image."""
         return network_calls(self.config.nodes, self.config.solver)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Refused, and so is `push_to_hub`: no stock pipeline samples down these nodes.
+
+        Raises:
+            ValueError: always.
+        """
+        require(False, "save_directory", save_directory, "unset: save `RCFDPipeline(unet, scheduler)`, the base model")
 
     @torch.no_grad()
     def __call__(

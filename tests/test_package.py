@@ -29,7 +29,7 @@ ALLOWED_IMPORTS = {
     "scheduling_rcfd": {"noise_schedules"},
     "sfd_config": {"configs"},
     "targets": {"scheduling_rcfd"},
-    "trajectories": {"sfd_config"},
+    "trajectories": {"scheduling_rcfd", "sfd_config"},
     "unet_presets": set(),
 }
 TRAINERS = {"generator_trainer", "training", "diffusion_trainer", "classifier_trainer", "cfd_trainer", "sfd_trainer"}

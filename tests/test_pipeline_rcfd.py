@@ -14,6 +14,7 @@ from diffusers import (
 )
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
+from diffusers_rcfd.model_card import RunDescription, create_model_card, steps_described
 from tests.toys import largest_file, tiny_sfd_student, tiny_unet
 
 
@@ -284,6 +285,25 @@ def test_network_calls_with_an_analytical_first_step():
     assert calls == [964, 379]
     with pytest.raises(ValueError, match=r"`num_inference_steps` must be one of \[2\]"):
         pipe(num_inference_steps=3)
+
+
+@pytest.mark.parametrize("size", [(8, 16), (8, 8)])
+def test_stock_form_is_of_images_whose_size_is_a_number(tmp_path, size):
+    """Diffusers' `ConsistencyModelPipeline` takes no other; the card then tells of `custom_pipeline`."""
+    student = quiet(tiny_sfd_student(sample_size=size))
+    assert not student.has_stock_form and tiny_sfd_student().has_stock_form
+    student.save_pretrained(tmp_path)
+    custom = quiet(DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True))
+    images = custom(2, generator=seeded(), output_type="np").images
+    np.testing.assert_allclose(images, student(2, generator=seeded(), output_type="np").images, atol=1e-6)
+    card = create_model_card(RunDescription("me/mine", None, **steps_described(student))).content
+    assert "custom_pipeline=repo" in card and "timesteps=" not in card
+
+
+@pytest.mark.parametrize("steps", [2.0, True, torch.tensor(2), 4])
+def test_number_of_evaluations_that_a_student_of_sfd_was_not_made_for(steps):
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be one of \[2, 3\]"):
+        tiny_sfd_student()(num_inference_steps=steps)
 
 
 def test_full_disk_leaves_the_pipeline_that_was_there(pipe, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.utils.logging import disable_propagation, enable_propagation
+from huggingface_hub import ModelCard
 
 from diffusers_rcfd import (
     CFDDistillationConfig,
@@ -18,7 +19,9 @@ from diffusers_rcfd import (
     SFDDistillationTrainer,
     load_image_data,
 )
-from diffusers_rcfd.trajectories import euler_step, one_step_target, solve
+from diffusers_rcfd.feature_terms import spatial_distance
+from diffusers_rcfd.sfd_trainer import Route
+from diffusers_rcfd.trajectories import euler_step, nearest_indices, one_step_target, rho_nodes, solve
 from diffusers_rcfd.trajectory_sampler import TrajectoryPipeline
 from tests.toys import parameters, tiny_classifier, tiny_teacher
 
@@ -50,6 +53,13 @@ def losses(run, batch):
     for _ in range(run.num_optimizer_steps(batch)):
         run.prepare_step([batch])
         yield run.compute_loss(batch)
+
+
+def with_images(run, batch):
+    """`losses`, and the images that the last of them compared."""
+    terms_at_node, seen = run._terms_at_node, []
+    run._terms_at_node = lambda *args: seen.append(args[2:4]) or terms_at_node(*args)
+    return list(losses(run, batch)), seen[-1]
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +111,46 @@ def test_student_of_one_teacher_step_starts_without_loss(tmp_path, classifier):
         run = begin(trainer(tmp_path, None, classifier, student_steps=[3], teacher_steps=1, teacher_solver="euler",
                             analytical_first_step=False, objective=objective))  # fmt: skip
         for terms in losses(run, batch_of(run)):
-            assert abs(terms["loss"].item()) < 1e-3 * 64
+            assert abs(terms["l1"].item()) < 1e-3 * 64 and abs(terms["loss"].item()) < 1e-3 * 64
 
 
-def test_targets_are_every_kth_state_of_the_solver(tmp_path):
-    run = begin(trainer(tmp_path, student_steps=[2], teacher_steps=3, teacher_solver="heun"))
+@pytest.mark.parametrize("solver, order, thresholding", [
+    ("heun", 3, True), ("dpm-solver++", 3, True), ("dpm-solver++", 2, True), ("dpm-solver++", 3, False),
+])  # fmt: skip
+def test_targets_are_every_kth_state_of_the_solver(tmp_path, solver, order, thresholding):
+    run = begin(trainer(tmp_path, student_steps=[2], teacher_steps=3, teacher_solver=solver, solver_order=order,
+                        dynamic_thresholding=thresholding))  # fmt: skip
+    with torch.no_grad():
+        run.teacher.unet.conv_out.weight.mul_(20)  # beyond 1, where thresholding does something
     route = run.routes[0]
     assert route.teacher[::3] == route.student and len(route.student) == 4
     x = 82 * torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    nu = run.nu[route.teacher].tolist()
-    states = solve(lambda x, i: run._denoise(run.teacher.unet, x, route.teacher[i], None), x, nu, "heun")
-    for target, expected in zip(run.teacher_states(x, route, None), states[3::3], strict=True):
+
+    def states(*options):
+        nu = run.nu[route.teacher].tolist()
+        with torch.no_grad():
+            return solve(lambda x, i: run._denoise(run.teacher.unet, x, route.teacher[i], None), x, nu, *options)
+
+    targets = run.teacher_states(x, route, None)
+    for target, expected in zip(targets, states(solver, order, thresholding)[3::3], strict=True):
         torch.testing.assert_close(target, expected)
+    if (solver, order, thresholding) != ("dpm-solver++", 3, True):
+        assert (targets[-1] - states("dpm-solver++", 3, True)[-1]).abs().max() > 0.01
+
+
+def test_nodes_follow_the_noise_levels_asked_for(tmp_path):
+    levels = {"sigma_max": 40.0, "sigma_min": 0.02, "rho": 5.0}
+    run, usual = (trainer(tmp_path, student_steps=[2], teacher_steps=3, **own) for own in (levels, {}))
+    expected = {steps: nearest_indices(run.nu, rho_nodes(4, 40.0, 0.02, 5.0, steps)) for steps in (1, 3)}
+    assert run.routes == [Route(expected[1], expected[3], 9)]
+    assert not set(expected[3]) & {*usual.routes[0].teacher}
+
+
+def test_student_has_no_dropout(tmp_path):
+    run = begin(trainer(tmp_path, tiny_teacher(dropout=0.5)))
+    z, t = torch.randn(2, 1, 8, 8), torch.tensor([900, 30])
+    run.model.train()
+    assert torch.equal(run.model(z, t).sample, run.model(z, t).sample)
 
 
 def test_step_counts_with_teacher_steps_of_their_own_learn_one_trajectory(tmp_path):
@@ -264,8 +302,13 @@ def test_second_stage(tmp_path, classifier):
     """Teacher and start are the 5-evaluation student; its nodes hold those of the single evaluation."""
     for counts in ([5], [2, 5]):
         teacher = trainer(tmp_path / f"first{counts}", student_steps=counts, max_train_steps=1).train()
-        run = begin(trainer(tmp_path, teacher, classifier, student_steps=[1], learning_rate=5e-4))
+        if len(counts) > 1:
+            torch.nn.init.normal_(teacher.unet.class_embedding.weight)
+        run = begin(trainer(tmp_path, teacher, classifier, student_steps=[1], perceptual_weight=0.5))
         route = run.routes[0]
+        z, t = batch_of(run)["noise"], torch.full((4,), 700)
+        row = None if len(counts) == 1 else torch.ones(4, dtype=torch.int64)  # that of 5 evaluations
+        torch.testing.assert_close(run.model(z, t).sample, teacher.unet(z, t, row).sample, rtol=0, atol=1e-5)
         assert route.teacher[::3] == route.student and len(route.teacher) == 7
         assert list(run.teacher_samplers) == [5]
         assert run.model.config.num_class_embeds is None  # one step count needs no table
@@ -275,8 +318,10 @@ def test_second_stage(tmp_path, classifier):
         images = teacher(4, 5, latents=batch_of(run)["noise"], output_type="pt").images
         torch.testing.assert_close((run.scheduler.alpha[0].item() * last / 2 + 0.5).clamp(0, 1), images,
                                    rtol=0, atol=1e-4)  # fmt: skip
-        (terms,) = losses(run, batch_of(run))
-        torch.testing.assert_close(terms["loss"], terms["l1"] + 64 * terms["perceptual"])
+        (terms,), (x_next, target) = with_images(run, batch_of(run))
+        torch.testing.assert_close(terms["perceptual"], spatial_distance(classifier, x_next, target, run.config))
+        assert terms["perceptual"] > 0.01
+        torch.testing.assert_close(terms["loss"], terms["l1"] + 0.5 * 64 * terms["perceptual"])
 
     seen = []
 
@@ -314,6 +359,71 @@ def test_lpips_that_does_not_fit_or_is_not_used(tmp_path, caplog):
     finally:
         disable_propagation()
     assert "`lpips` is not used" in caplog.text
+
+
+def test_classifier_that_is_not_used(tmp_path, classifier, caplog):
+    """By no loss, so neither does the card name it."""
+    enable_propagation()
+    try:
+        run = trainer(tmp_path / "run", None, classifier, max_train_steps=1)
+    finally:
+        disable_propagation()
+    assert "`classifier` is not used: objective 'l1' compares images" in caplog.text
+    run.train()
+    run.create_model_card(tmp_path / "run")
+    assert "- classifier: none" in (tmp_path / "run/README.md").read_text()
+
+
+def test_card_tells_the_objective_and_every_step_count(tmp_path, classifier):
+    options = {"student_steps": [1, 3], "max_train_steps": 1, "num_sample_images": 4}
+    for objective, teacher in (("l1", tiny_teacher()), ("rcfd", tiny_teacher(num_class_embeds=3))):
+        folder = tmp_path / objective
+        run = trainer(folder, teacher, classifier, objective=objective, **options)
+        run.train()
+        run.create_model_card(folder)
+        card = ModelCard.load(folder / "README.md")
+        assert "arxiv:2409.19681" in card.data.tags and "zhou2024simple" in card.text
+        for words in ("- teacher: a local model", "num_inference_steps=3", "# or 1"):
+            assert words in card.text, words
+        guided = objective == "rcfd"
+        assert guided == ("compared by RCFD" in card.text) == ("arxiv:2211.12039" in card.data.tags)
+        assert guided == ("sun2023accelerating" in card.text) == ("class_labels=[3 + label] * 16" in card.text)
+        assert guided == ("class_labels=[0 + label] * 16" in card.text)
+        assert guided != ("class_labels=[1] * 16" in card.text)
+        for N in (1, 3):
+            assert str(run.student.stock_call(N)["timesteps"]) in card.text
+
+
+def test_teacher_in_half_precision_is_refused_before_the_folder_is_used(tmp_path, classifier):
+    teacher = tiny_teacher().to(torch.bfloat16)
+    for kind, config in ((SFDDistillationTrainer, SFDDistillationConfig(str(tmp_path / "run"))),
+                         (CFDDistillationTrainer, CFDDistillationConfig(str(tmp_path / "run")))):  # fmt: skip
+        with pytest.raises(ValueError, match="`teacher` must be in float32, .*, got torch.bfloat16"):
+            kind(teacher, classifier, config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_without_an_evaluator(tmp_path):
+    run = trainer(tmp_path, max_train_steps=1)
+    run.train()
+    with pytest.raises(ValueError, match="`evaluator` must be given, here or to the trainer"):
+        run.evaluate()
+
+
+def test_trajectory_is_not_saved_nor_that_of_a_student(tmp_path):
+    run = trainer(tmp_path / "run")
+    (sampler,) = run.teacher_samplers.values()
+    with pytest.raises(ValueError, match="`save_directory` must be unset: save `RCFDPipeline"):
+        sampler.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(ValueError, match="`scheduler` must be of a base model, without `nodes`"):
+        TrajectoryPipeline(tiny_teacher().unet, run.scheduler, [5, 0])
+
+
+def test_single_step_is_taken_at_the_whole_learning_rate(tmp_path):
+    one, constant = (trainer(tmp_path / name, max_train_steps=1, lr_scheduler=name).train()
+                     for name in ("piecewise_constant", "constant"))  # fmt: skip
+    assert torch.equal(parameters(one.unet), parameters(constant.unet))
 
 
 def test_stages_that_the_classifier_lacks(tmp_path, classifier):

@@ -138,10 +138,11 @@ def test_closed_form_order_of_convergence(solver, order, least):
 
 def test_closed_form_dynamic_threshold():
     small, large = 0.9 * torch.tanh(noise()), 3 * noise(seed=1)
-    torch.testing.assert_close(dynamic_threshold(small), small)
+    torch.testing.assert_close(dynamic_threshold(small, 0.995, math.inf), small)
     q = torch.quantile(large.abs().flatten(1), 0.995, dim=1).view(-1, 1, 1, 1)
     assert (q > 1).all()
-    torch.testing.assert_close(dynamic_threshold(large), (large / q).clamp(-1, 1), rtol=1e-5, atol=1e-6)
+    squeezed = dynamic_threshold(large, 0.995, math.inf)
+    torch.testing.assert_close(squeezed, (large / q).clamp(-1, 1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
