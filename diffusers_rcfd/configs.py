@@ -143,7 +143,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int = option(1, "Batches for each optimizer step.")
     learning_rate: float = option(2e-4, "Peak learning rate.")
     lr_scheduler: str = option("constant_with_warmup", f"Learning-rate schedule of Diffusers: one of {LR_SCHEDULERS}.")
-    lr_warmup_steps: int = option(0, "Optimizer steps of linear warm-up.")
+    lr_warmup_steps: int = option(0, "Optimizer steps of linear warm-up; the lr_scheduler 'constant' has none.")
     optimizer: str = option("adam", f"One of {OPTIMIZERS}; sgd has momentum 0.9.")
     weight_decay: float = option(0.0, "Weight decay of the optimizer.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 does not clip.")

@@ -90,6 +90,8 @@ class SFDDistillationConfig(FeatureLossConfig):
         for name in ("l1_weight", "regularization_weight", "perceptual_weight"):
             value = getattr(self, name)
             require(is_number(value) and value >= 0, name, value, "a number of at least 0")
+        number = self.max_train_steps
+        require(is_count(number, 1), "max_train_steps", number, "a positive integer: a student of SFD is one stage")
         require(not self.random_flip, "random_flip", self.random_flip, "False: SFD takes no images")
         workers, warmup = self.dataloader_num_workers, self.lr_warmup_steps
         require(workers == 0, "dataloader_num_workers", workers, "0: SFD takes no images")

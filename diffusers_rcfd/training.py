@@ -225,7 +225,7 @@ class Trainer:
         optimizer = build_optimizer(config, parameters)
         lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
                                      num_training_steps=stage.max_train_steps,
-                                     step_rules=f"1:{stage.max_train_steps // 2},0.1")  # fmt: skip
+                                     step_rules=f"1:{max(1, stage.max_train_steps // 2)},0.1")  # fmt: skip
         self._whole_model = copy.deepcopy(stage.model).cpu() if accelerator.is_fsdp2 else None
         self.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
         self.model = compiled(config, self.model)

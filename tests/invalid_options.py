@@ -87,6 +87,7 @@ OF_SFD = {  # whose options are of one model, not of a rung each
     "sigma_min": never_none(not_a_number(lambda x: 0 < x < 80)),
     "rho": never_none(not_a_number(lambda x: x > 0)),
     "solver_order": not_an_integer_from(1) | st.integers(4),
+    "max_train_steps": never_none(not_an_integer_from(1) | lists_with(st.integers(1))),
     "teacher_steps": never_none(lists_with(not_an_integer_from(1)) | st.just([]) | st.just([4, 4])),
     "objective": never_none(none_of(SFD_OBJECTIVES)),
     "teacher_solver": never_none(none_of(TEACHER_SOLVERS)),
