@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
-from torchvision.utils import save_image
 
 from diffusers_rcfd.cfd_config import CFDDistillationConfig, Rung
-from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
+from diffusers_rcfd.checkpoints import architecture
 from diffusers_rcfd.configs import require
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.fast_networks import frozen
@@ -23,11 +22,9 @@ from diffusers_rcfd.generator_trainer import (
     check_images_fit,
     conditioning,
     data_name,
-    sample_grid,
 )
 from diffusers_rcfd.image_tensors import flip
 from diffusers_rcfd.losses import log_mean_prediction, wide, x0_loss
-from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.targets import ddim_target
@@ -145,25 +142,15 @@ class CFDDistillationTrainer(GeneratorTrainer):
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the student in `folder`, with a grid of its samples."""
         index = next(i for i, rung in enumerate(self.rungs) if rung.name == folder.name)
-        config = self.config
-        student = RCFDPipeline.from_pretrained(str(folder)).to(self.accelerator.device)
-        save_image(sample_grid(student, config), folder / "samples.png", nrow=8, padding=1)
-        run = RunDescription(
-            repo_id=self.repo_id or folder.name,
+        self.write_card(
+            RCFDPipeline.from_pretrained(str(folder)),
+            folder,
+            existing,
             rungs=self.rungs[: index + 1],
             teacher=self.teacher_name,
             dataset=data_name(self.train_dataset),
             classifier=None if self.classifier is None else self.classifier.config.backbone,
-            train_batch_size=config.train_batch_size
-            * config.gradient_accumulation_steps
-            * self.accelerator.num_processes,
-            learning_rate=config.learning_rate,
-            training_seconds=self.state.seconds,
-            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
-            num_classes=student.num_classes,
-            data_std=student.scheduler.config.data_std,
         )
-        write_model_card(folder, run, existing)
 
     def sampler(self) -> tuple[RCFDPipeline, None]:
         """The student, in its own number of steps."""

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
-from torchvision.utils import save_image
 
-from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
+from diffusers_rcfd.checkpoints import architecture
 from diffusers_rcfd.configs import DiffusionConfig
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.generator_trainer import (
@@ -17,11 +16,9 @@ from diffusers_rcfd.generator_trainer import (
     check_images_fit,
     conditioning,
     data_name,
-    sample_grid,
 )
 from diffusers_rcfd.image_tensors import flip
 from diffusers_rcfd.losses import x0_loss
-from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.training import Stage
@@ -96,23 +93,8 @@ class DiffusionTrainer(GeneratorTrainer):
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the base model, with a grid of its samples."""
-        config = self.config
-        images = sample_grid(self.pipeline.to(self.accelerator.device), config, config.sample_inference_steps)
-        save_image(images, folder / "samples.png", nrow=8, padding=1)
-        run = RunDescription(
-            repo_id=self.repo_id or folder.name,
-            rungs=[],
-            dataset=data_name(self.train_dataset),
-            train_batch_size=config.train_batch_size
-            * config.gradient_accumulation_steps
-            * self.accelerator.num_processes,
-            learning_rate=config.learning_rate,
-            training_seconds=self.state.seconds,
-            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
-            num_classes=self.pipeline.num_classes,
-            prediction_type=self.pipeline.scheduler.config.prediction_type,
-        )
-        write_model_card(folder, run, existing)
+        steps, dataset = self.config.sample_inference_steps, data_name(self.train_dataset)
+        self.write_card(self.pipeline, folder, existing, steps, rungs=[], dataset=dataset)
 
     def sampler(self) -> tuple[RCFDPipeline, int]:
         """The base model, sampled by DDIM in `sample_inference_steps`."""

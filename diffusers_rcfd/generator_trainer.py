@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
+from torchvision.utils import save_image
 
 from diffusers_rcfd.batches import derived_seed
 from diffusers_rcfd.checkpoints import EVALUATION_FILE, write_json
 from diffusers_rcfd.configs import GeneratorConfig, require
 from diffusers_rcfd.evaluation import EvaluationResult, Evaluator
-from diffusers_rcfd.model_card import read_evaluations
+from diffusers_rcfd.model_card import RunDescription, read_evaluations, write_model_card
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.training import Stage, Trainer
 
@@ -100,6 +101,27 @@ class GeneratorTrainer(Trainer):
             self.collapsed = self.collapsed or smallest < COLLAPSED
             values = values | {"collapsed": int(smallest < COLLAPSED)}
         super().write_metrics(values)
+
+    def write_card(
+        self, pipeline: RCFDPipeline, folder: Path, existing: str | None, num_inference_steps=None, **known
+    ) -> None:
+        """Write the card of a model in `folder`, with a grid of its samples; `known` goes to `RunDescription`."""
+        config = self.config
+        images = sample_grid(pipeline.to(self.accelerator.device), config, num_inference_steps)
+        save_image(images, folder / "samples.png", nrow=8, padding=1)
+        batch_size = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        run = RunDescription(
+            repo_id=self.repo_id or folder.name,
+            train_batch_size=batch_size,
+            learning_rate=config.learning_rate,
+            training_seconds=self.state.seconds,
+            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
+            num_classes=pipeline.num_classes,
+            prediction_type=pipeline.scheduler.config.prediction_type,
+            data_std=pipeline.scheduler.config.data_std,
+            **known,
+        )
+        write_model_card(folder, run, existing)
 
     def _judge(self, evaluator: Evaluator | None) -> Evaluator:
         """The evaluator given, else the trainer's own; a `ValueError` without any."""

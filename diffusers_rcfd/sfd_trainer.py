@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from torchvision.utils import save_image
 
 from diffusers_rcfd.cfd_trainer import without_dropout
-from diffusers_rcfd.checkpoints import EVALUATION_FILE, architecture
+from diffusers_rcfd.checkpoints import architecture
 from diffusers_rcfd.configs import require
 from diffusers_rcfd.count_embeddings import for_counts, for_one_count
 from diffusers_rcfd.evaluation import Evaluator
 from diffusers_rcfd.fast_networks import frozen
 from diffusers_rcfd.feature_classifier import FeatureClassifier
 from diffusers_rcfd.feature_terms import check_stages, feature_terms, spatial_distance
-from diffusers_rcfd.generator_trainer import GeneratorTrainer, as_pipeline, sample_grid
+from diffusers_rcfd.generator_trainer import GeneratorTrainer, as_pipeline
 from diffusers_rcfd.losses import log_mean_prediction
-from diffusers_rcfd.model_card import RunDescription, read_evaluations, steps_described, write_model_card
+from diffusers_rcfd.model_card import steps_described
 from diffusers_rcfd.pipeline_rcfd import RCFDPipeline, embedding_rows
 from diffusers_rcfd.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.sfd_config import SFDDistillationConfig
@@ -412,22 +411,14 @@ class SFDDistillationTrainer(GeneratorTrainer):
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the student, with a grid of its samples."""
-        config = self.config
-        student = RCFDPipeline.from_pretrained(str(folder)).to(self.accelerator.device)
-        save_image(sample_grid(student, config), folder / "samples.png", nrow=8, padding=1)
-        run = RunDescription(
-            repo_id=self.repo_id or folder.name,
+        student = RCFDPipeline.from_pretrained(str(folder))
+        self.write_card(
+            student,
+            folder,
+            existing,
             rungs=[],
             teacher=self.teacher_name,
             classifier=None if self.classifier is None else self.classifier.config.backbone,
-            train_batch_size=config.train_batch_size
-            * config.gradient_accumulation_steps
-            * self.accelerator.num_processes,
-            learning_rate=config.learning_rate,
-            training_seconds=self.state.seconds,
-            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
-            num_classes=student.num_classes,
-            objective=config.objective,
+            objective=self.config.objective,
             **steps_described(student),
         )
-        write_model_card(folder, run, existing)
