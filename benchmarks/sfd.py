@@ -117,7 +117,8 @@ class Teacher:
     def run(self, scale, bench, seed, folder):
         """As `Ladder.run`."""
         for K in self.evaluations:
-            config = SFDDistillationConfig(folder, student_steps=[1], teacher_steps=K, **self.options)
+            options = bench.options | self.options
+            config = SFDDistillationConfig(folder, student_steps=[1], teacher_steps=K, **options)
             yield K, 0, SFDDistillationTrainer(bench.base(seed), None, config).teacher_samplers[K]
 
 
@@ -149,66 +150,64 @@ FROM_BASE = {"objective": ["rcfd"], "temperature": [0.8, 1.0, 1.0]}
 AT_ONCE = {"objective": ["rcfd"], "temperature": [0.8]}
 OWN_NODES = {"analytical_first_step": False, "dynamic_thresholding": False}
 PAPER, OURS = {"objective": "l1"}, {"objective": "cfd", "temperature": 0.8} | OWN_NODES
-THEN_ONE = {"batches": [400, 400], "temperature": [0.8, 1.0]}  # from 2 evaluations to 1
+THEN_ONE = {"batches": [400, 400], "temperature": [0.8, 1.0]}  # two stages, the second to 1 evaluation
 
 
 ENTRIES = {
     "PD ladder": Ladder(**LADDER, options={"objective": ["pd"]}, finished=RUN_BEFORE["pd"]),
     "RCFD ladder": Ladder(**LADDER, options=GUIDED, finished=RUN_BEFORE["rcfd"]),
-    "RCFD, base to 4 by 4": Ladder(teacher_steps=[4, 2, 2], **SKIPPED, options=FROM_BASE),
-    "RCFD, base to 4 by 8": Ladder(teacher_steps=[8, 2, 2], **SKIPPED, options=FROM_BASE),
-    "RCFD, base to 4 by 16": Ladder(teacher_steps=[16, 2, 2], **SKIPPED, options=FROM_BASE),
-    "RCFD, base to 1 by 4": Ladder(teacher_steps=[4], **ONCE, options=AT_ONCE),
-    "RCFD, base to 1 by 8": Ladder(teacher_steps=[8], **ONCE, options=AT_ONCE),
-    "RCFD, base to 1 by 16": Ladder(teacher_steps=[16], **ONCE, options=AT_ONCE),
+    "RCFD, base to 4, K = 4": Ladder(teacher_steps=[4, 2, 2], **SKIPPED, options=FROM_BASE),
+    "RCFD, base to 4, K = 8": Ladder(teacher_steps=[8, 2, 2], **SKIPPED, options=FROM_BASE),
+    "RCFD, base to 4, K = 16": Ladder(teacher_steps=[16, 2, 2], **SKIPPED, options=FROM_BASE),
+    "RCFD, base to 1, K = 4": Ladder(teacher_steps=[4], **ONCE, options=AT_ONCE),
+    "RCFD, base to 1, K = 8": Ladder(teacher_steps=[8], **ONCE, options=AT_ONCE),
+    "RCFD, base to 1, K = 16": Ladder(teacher_steps=[16], **ONCE, options=AT_ONCE),
     "SFD (L1, AFS, thresholding)": Trajectories([2], PAPER),
     "SFD, no thresholding": Trajectories([2], PAPER | {"dynamic_thresholding": False}),
-    "SFD, no thresholding, no AFS": Trajectories([2], PAPER | OWN_NODES),
-    "SFD, no AFS, in stages": Stages([2, 1], **THEN_ONE, options=PAPER | OWN_NODES),
-    "CFD on SFD's pairs": Trajectories([4, 2, 1], OURS),
-    "CFD on SFD's pairs, in stages": Stages([2, 1], **THEN_ONE, options=OURS),
-    "CFD on SFD's pairs, and L1, in stages": Stages([2, 1], **THEN_ONE, options=OURS | {"l1_weight": 0.01}),
-    "CFD on SFD's pairs, in 3 stages": Stages([4, 2, 1], [300, 300, 400], [0.8, 1.0, 1.0], OURS),
-    "CFD on SFD's pairs, tau 1": Trajectories([2], OURS | {"temperature": 1.0}),
-    "CFD on SFD's pairs, thresholding": Trajectories([2], OURS | {"dynamic_thresholding": True}),
-    "CFD on SFD's pairs, AFS": Trajectories([2], OURS | {"analytical_first_step": True}),
-    "CFD on SFD's pairs, spatial": Trajectories([2], OURS | {"distribution": "spatial"}),
-    "CFD on SFD's pairs, and L1": Trajectories([2], OURS | {"l1_weight": 0.01}),
-    "CFD on SFD's pairs, K = 2": Trajectories([2], OURS | {"teacher_steps": 2}),
-    "CFD on SFD's pairs, K = 8": Trajectories([2], OURS | {"teacher_steps": 8}),
-    "CFD on SFD's pairs, K = 16": Trajectories([1], OURS | {"teacher_steps": 16}),
-    "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | {"ema_decay": 0.0}),
-    "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
-    "CFD on SFD's pairs, 4 by 8": Trajectories([4], OURS | {"teacher_steps": 2}),
-    "CFD on SFD's pairs, 4 by 8, 2, 1": Stages(
-        [4, 2, 1], [400, 400, 400], [0.8, 1.0, 1.0], OURS | {"teacher_steps": 2}
+    "SFD, no thresholding, no AFS, to 4, K = 2": Trajectories([4], PAPER | OWN_NODES | {"teacher_steps": 2}),
+    "SFD, no thresholding, no AFS, in stages": Stages([2, 1], **THEN_ONE, options=PAPER | OWN_NODES),
+    "SFD, no thresholding, in stages 5, 1": Stages(
+        [5, 1], **THEN_ONE, options=PAPER | {"dynamic_thresholding": False}
     ),
-    "CFD on SFD's pairs, 1 by 8": Trajectories([1], OURS | {"teacher_steps": 8}),
     "SFD-v, no thresholding, no AFS": Trajectories([1, 2, 4], PAPER | OWN_NODES, joint=True),
     "SFD-v by CFD": Trajectories([1, 2, 4], OURS, joint=True),
     "SFD-v by CFD, one trajectory of 8": Trajectories([1, 2, 4], OURS | {"teacher_steps": [8, 4, 2]}, joint=True),
+    "CFD on SFD's pairs, in stages": Stages([2, 1], **THEN_ONE, options=OURS),
+    "CFD on SFD's pairs, and L1, in stages": Stages([2, 1], **THEN_ONE, options=OURS | {"l1_weight": 0.01}),
+    "CFD on SFD's pairs, in 3 stages": Stages([4, 2, 1], [300, 300, 400], [0.8, 1.0, 1.0], OURS),
+    "CFD on SFD's pairs, in 3 stages, K = 2": Stages(
+        [4, 2, 1], [400, 400, 400], [0.8, 1.0, 1.0], OURS | {"teacher_steps": 2}
+    ),
+    "CFD on SFD's pairs, to 4, K = 2": Trajectories([4], OURS | {"teacher_steps": 2}),
+    "CFD on SFD's pairs, to 4, K = 4": Trajectories([4], OURS),
+    "CFD on SFD's pairs, to 2, K = 2": Trajectories([2], OURS | {"teacher_steps": 2}),
+    "CFD on SFD's pairs, to 2, K = 8": Trajectories([2], OURS | {"teacher_steps": 8}),
+    "CFD on SFD's pairs, to 1, K = 4": Trajectories([1], OURS),
+    "CFD on SFD's pairs, to 1, K = 8": Trajectories([1], OURS | {"teacher_steps": 8}),
+    "CFD on SFD's pairs, to 1, K = 16": Trajectories([1], OURS | {"teacher_steps": 16}),
+    "CFD on SFD's pairs, spatial": Trajectories([2], OURS | {"distribution": "spatial"}),
+    "CFD on SFD's pairs, AFS": Trajectories([2], OURS | {"analytical_first_step": True}),
+    "CFD on SFD's pairs, AFS, and L1": Trajectories([2], OURS | {"analytical_first_step": True, "l1_weight": 0.01}),
+    "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | {"ema_decay": 0.0}),
+    "CFD on SFD's pairs, tau 1": Trajectories([2], OURS | {"temperature": 1.0}),
+    "CFD on SFD's pairs, thresholding": Trajectories([2], OURS | {"dynamic_thresholding": True}),
+    "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
     "teacher": Teacher([4, 8, 16, 32], OWN_NODES),
     "teacher, thresholding": Teacher([4, 8, 16, 32], OWN_NODES | {"dynamic_thresholding": True}),
 }
-SEVERAL_BUDGETS = (
-    "PD ladder",
-    "RCFD ladder",
-    "RCFD, base to 4 by 8",
-    "SFD, no thresholding, no AFS",
-    "CFD on SFD's pairs, in stages",
-)
+BUDGETS = (500, 1000, 2000, 4000, 6000, 8000)
 TOP = 15  # of the figures
 SHOWN = {  # in the figures, by name; the others in grey
     "PD ladder": {"color": "C0", "marker": "o"},
     "RCFD ladder": {"color": "C1", "marker": "o"},
-    "RCFD, base to 4 by 8": {"color": "C8", "marker": "v"},
+    "RCFD, base to 4, K = 8": {"color": "C8", "marker": "v"},
     "SFD (L1, AFS, thresholding)": {"color": "C5", "marker": "^"},
-    "SFD, no AFS, in stages": {"color": "C4", "marker": "D"},
+    "SFD, no thresholding, no AFS, in stages": {"color": "C4", "marker": "D"},
     "SFD-v, no thresholding, no AFS": {"color": "C9", "marker": "s"},
     "SFD-v by CFD, one trajectory of 8": {"color": "C2", "marker": "s"},
     "CFD on SFD's pairs, in stages": {"color": "C3", "marker": "*"},
     "CFD on SFD's pairs, and L1, in stages": {"color": "black", "marker": "P"},
-    "CFD on SFD's pairs, 4 by 8": {"color": "C6", "marker": "X"},
+    "CFD on SFD's pairs, to 4, K = 2": {"color": "C6", "marker": "X"},
 }
 
 
@@ -247,8 +246,8 @@ def main():
     parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
     parser.add_argument("--data_dir", help="Folder of Fashion-MNIST's IDX files.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 0.25, 3.0],
-                        help="Budgets, times the entries'; all but 1 for a few entries only.")  # fmt: skip
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 0.25],
+                        help="Budgets, times the entries' own.")  # fmt: skip
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, metavar="NAME", help=f"Of {list(ENTRIES)}.")
     parser.add_argument("--num_images", type=int, default=3000, help="Generated images of each value.")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -256,8 +255,8 @@ def main():
     torch.set_num_threads(args.threads)
     bench, folder = Bench(args), ROOT / "runs/sfd" / args.data
     folder.mkdir(parents=True, exist_ok=True)
-    for scale in args.scales:
-        for name in args.entries or (ENTRIES if scale == 1 else SEVERAL_BUDGETS):
+    for name in args.entries or ENTRIES:
+        for scale in [1.0] if isinstance(ENTRIES[name], Teacher) else args.scales:
             for seed in args.seeds:
                 path = folder / f"{name}, seed {seed}, scale {scale:g}.json"
                 if not path.is_file():
@@ -307,6 +306,7 @@ def write_report():
                 f"## {data}, seeds {', '.join(map(str, seeds))}",
                 f"![FD against cost, up to {TOP}; grey: variants, which the table names]({picture})",
                 table(curves),
+                best_table(curves),
                 teacher_table(curves),
             ]
     path = ROOT / "benchmarks/sfd.md"
@@ -343,6 +343,20 @@ def table(curves):
                 share, distance = cost / PAPER_LADDER[N], varied(fd, spread, seeds)
                 lines.append(f"| {N} | {method} | {cost:.0f} | {share:.2%} | {seeds} | {distance} | {score:.2f} |")
     return "\n".join(lines)
+
+
+def best_table(curves):
+    """The entry of lowest mean FD that each budget pays for, of those with all seeds."""
+    most = max(point[-1] for points in curves.values() for point in points)
+    lines = [f"| for at most | {' | '.join(f'in {N}' for N in EVALUATIONS)} |", "|---:|" + "---|" * len(EVALUATIONS)]
+    for budget in BUDGETS:
+        cells = []
+        for N in EVALUATIONS:
+            paid = [(fd, method, cost) for (method, number), points in curves.items() if number == N
+                    for cost, fd, _, _, seeds in points if 0 < cost <= budget and seeds == most]  # fmt: skip
+            cells.append("{:.2f}, {} ({:.0f})".format(*min(paid)) if paid else "")
+        lines.append(f"| {budget} | {' | '.join(cells)} |")
+    return "The best entry (its cost) for a budget, in 4, 2 and 1 evaluations:\n\n" + "\n".join(lines)
 
 
 def varied(value, spread, seeds):
