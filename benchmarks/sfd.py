@@ -203,10 +203,10 @@ SHOWN = {  # in the figures, by name; the others in grey
     "RCFD, base to 4, K = 8": {"color": "C8", "marker": "v"},
     "SFD (L1, AFS, thresholding)": {"color": "C5", "marker": "^"},
     "SFD, no thresholding, no AFS, in stages": {"color": "C4", "marker": "D"},
-    "SFD-v, no thresholding, no AFS": {"color": "C9", "marker": "s"},
     "SFD-v by CFD, one trajectory of 8": {"color": "C2", "marker": "s"},
     "CFD on SFD's pairs, in stages": {"color": "C3", "marker": "*"},
     "CFD on SFD's pairs, and L1, in stages": {"color": "black", "marker": "P"},
+    "CFD on SFD's pairs, AFS": {"color": "C9", "marker": "<"},
     "CFD on SFD's pairs, to 4, K = 2": {"color": "C6", "marker": "X"},
 }
 
@@ -331,7 +331,7 @@ the seeds ± standard deviation; a row of fewer seeds than another does not comp
 
 {agreement_table()}"""
     hand = text.partition("\n## What")
-    path.write_text("\n\n".join([head, *sections]) + "\n" + hand[1] + hand[2], encoding="utf-8")
+    path.write_text("\n\n".join(filter(None, [head, *sections])) + "\n" + hand[1] + hand[2], encoding="utf-8")
 
 
 def table(curves):
@@ -354,8 +354,10 @@ def best_table(curves):
         for N in EVALUATIONS:
             paid = [(fd, method, cost) for (method, number), points in curves.items() if number == N
                     for cost, fd, _, _, seeds in points if 0 < cost <= budget and seeds == most]  # fmt: skip
-            cells.append("{:.2f}, {} ({:.0f})".format(*min(paid)) if paid else "")
-        lines.append(f"| {budget} | {' | '.join(cells)} |")
+            best = min(paid, key=lambda row: (row[0], len(row[1])), default=None)  # a first stage is an entry itself
+            cells.append("{:.2f}, {} ({:.0f})".format(*best) if best else "")
+        if any(cells):
+            lines.append(f"| {budget} | {' | '.join(cells)} |")
     return "The best entry (its cost) for a budget, in 4, 2 and 1 evaluations:\n\n" + "\n".join(lines)
 
 
@@ -398,6 +400,7 @@ def draw(curves, path):
         title = f"{N} evaluation{'s' * (N > 1)}"
         axis.set(xscale="log", yscale="log", xlabel="cost, forward equivalents", title=title)
         axis.set_ylim(top=TOP)
+        axis.xaxis.set_minor_formatter("")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
