@@ -169,7 +169,8 @@ def as_pipeline(teacher: DiffusionPipeline) -> RCFDPipeline:
     if not isinstance(teacher, DiffusionPipeline) or not {"unet", "scheduler"} <= teacher.components.keys():
         raise TypeError(f"`teacher` must be a pipeline with a unet and a scheduler, got {type(teacher).__name__}.")
     dtype = teacher.unet.dtype
-    require(dtype == torch.float32, "teacher", dtype, "in float32, which `mixed_precision` narrows for its passes")
+    wide = dtype in (torch.float32, torch.float64)
+    require(wide, "teacher", dtype, "in float32, which `mixed_precision` narrows for its passes")
     if isinstance(teacher, RCFDPipeline):
         return teacher
     pipeline = RCFDPipeline(teacher.unet, teacher.scheduler)
