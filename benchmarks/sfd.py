@@ -151,7 +151,12 @@ AT_ONCE = {"objective": ["rcfd"], "temperature": [0.8]}
 OWN_NODES = {"analytical_first_step": False, "dynamic_thresholding": False}
 PAPER, OURS = {"objective": "l1"}, {"objective": "cfd", "temperature": 0.8} | OWN_NODES
 THEN_ONE = {"batches": [400, 400], "temperature": [0.8, 1.0]}  # two stages, the second to 1 evaluation
-
+VARIANTS = {
+    "spatial": {"distribution": "spatial"},
+    "AFS": {"analytical_first_step": True},
+    "no EMA": {"ema_decay": 0.0},
+    "and L1": {"l1_weight": 0.01},
+}
 
 ENTRIES = {
     "PD ladder": Ladder(**LADDER, options={"objective": ["pd"]}, finished=RUN_BEFORE["pd"]),
@@ -173,7 +178,7 @@ ENTRIES = {
     "SFD-v by CFD": Trajectories([1, 2, 4], OURS, joint=True),
     "SFD-v by CFD, one trajectory of 8": Trajectories([1, 2, 4], OURS | {"teacher_steps": [8, 4, 2]}, joint=True),
     "CFD on SFD's pairs, in stages": Stages([2, 1], **THEN_ONE, options=OURS),
-    "CFD on SFD's pairs, and L1, in stages": Stages([2, 1], **THEN_ONE, options=OURS | {"l1_weight": 0.01}),
+    "CFD on SFD's pairs, and L1, in stages": Stages([2, 1], **THEN_ONE, options=OURS | VARIANTS["and L1"]),
     "CFD on SFD's pairs, in 3 stages": Stages([4, 2, 1], [300, 300, 400], [0.8, 1.0, 1.0], OURS),
     "CFD on SFD's pairs, in 3 stages, K = 2": Stages(
         [4, 2, 1], [400, 400, 400], [0.8, 1.0, 1.0], OURS | {"teacher_steps": 2}
@@ -185,13 +190,18 @@ ENTRIES = {
     "CFD on SFD's pairs, to 1, K = 4": Trajectories([1], OURS),
     "CFD on SFD's pairs, to 1, K = 8": Trajectories([1], OURS | {"teacher_steps": 8}),
     "CFD on SFD's pairs, to 1, K = 16": Trajectories([1], OURS | {"teacher_steps": 16}),
-    "CFD on SFD's pairs, spatial": Trajectories([2], OURS | {"distribution": "spatial"}),
-    "CFD on SFD's pairs, AFS": Trajectories([2], OURS | {"analytical_first_step": True}),
-    "CFD on SFD's pairs, AFS, and L1": Trajectories([2], OURS | {"analytical_first_step": True, "l1_weight": 0.01}),
-    "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | {"ema_decay": 0.0}),
+    "CFD on SFD's pairs, spatial": Trajectories([2], OURS | VARIANTS["spatial"]),
+    "CFD on SFD's pairs, AFS": Trajectories([2], OURS | VARIANTS["AFS"]),
+    "CFD on SFD's pairs, AFS, and L1": Trajectories([2], OURS | VARIANTS["AFS"] | VARIANTS["and L1"]),
+    "CFD on SFD's pairs, no EMA": Trajectories([2], OURS | VARIANTS["no EMA"]),
     "CFD on SFD's pairs, tau 1": Trajectories([2], OURS | {"temperature": 1.0}),
     "CFD on SFD's pairs, thresholding": Trajectories([2], OURS | {"dynamic_thresholding": True}),
     "RCFD on SFD's pairs": Trajectories([2], OURS | {"objective": "rcfd"}),
+    **{
+        f"CFD on SFD's pairs, {name}, to {N}, K = {K}": Trajectories([N], OURS | options | {"teacher_steps": K})
+        for name, options in VARIANTS.items()
+        for N, K in ((4, 2), (1, 4 if name == "AFS" else 8))
+    },
     "teacher": Teacher([4, 8, 16, 32], OWN_NODES),
     "teacher, thresholding": Teacher([4, 8, 16, 32], OWN_NODES | {"dynamic_thresholding": True}),
 }
