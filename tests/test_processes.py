@@ -41,7 +41,7 @@ def weights(folder):
     return load_file(Path(folder) / "unet/diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize("objective", ["pd", "rcfd"])
+@pytest.mark.parametrize("objective", ["rcfd", pytest.param("pd", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_does(tmp_path, objective):
     launch(1, objective, tmp_path / "one", 8, 1)
     launch(2, objective, tmp_path / "two", 4, 1)
