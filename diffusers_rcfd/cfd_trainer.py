@@ -142,7 +142,7 @@ class CFDDistillationTrainer(GeneratorTrainer):
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the student in `folder`, with a grid of its samples."""
         index = next(i for i, rung in enumerate(self.rungs) if rung.name == folder.name)
-        self.write_card(
+        self._write_card(
             RCFDPipeline.from_pretrained(str(folder)),
             folder,
             existing,

@@ -102,7 +102,7 @@ class GeneratorTrainer(Trainer):
             values = values | {"collapsed": int(smallest < COLLAPSED)}
         super().write_metrics(values)
 
-    def write_card(
+    def _write_card(
         self, pipeline: RCFDPipeline, folder: Path, existing: str | None, num_inference_steps=None, **known
     ) -> None:
         """Write the card of a model in `folder`, with a grid of its samples; `known` goes to `RunDescription`."""
@@ -170,7 +170,7 @@ def as_pipeline(teacher: DiffusionPipeline) -> RCFDPipeline:
         raise TypeError(f"`teacher` must be a pipeline with a unet and a scheduler, got {type(teacher).__name__}.")
     dtype = teacher.unet.dtype
     wide = dtype in (torch.float32, torch.float64)
-    require(wide, "teacher", dtype, "in float32, which `mixed_precision` narrows for its passes")
+    require(wide, "teacher", dtype, "in float32, as loaded without `dtype`: `mixed_precision` narrows its passes")
     if isinstance(teacher, RCFDPipeline):
         return teacher
     pipeline = RCFDPipeline(teacher.unet, teacher.scheduler)

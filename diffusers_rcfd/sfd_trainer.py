@@ -412,7 +412,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the student, with a grid of its samples."""
         student = RCFDPipeline.from_pretrained(str(folder))
-        self.write_card(
+        self._write_card(
             student,
             folder,
             existing,
