@@ -1,5 +1,6 @@
 """`examples/ablate.py` on a real grid of tiny runs."""
 
+import importlib
 import json
 import shutil
 import statistics
@@ -14,14 +15,21 @@ from PIL import Image
 from tests.toys import tiny_classifier, tiny_teacher
 
 ROOT = Path(__file__).parent.parent
-GRIDS = sorted((ROOT / "examples/configs/ablations").glob("*.yaml"))
+EXAMPLES = ROOT / "examples"
+GRIDS = sorted((EXAMPLES / "configs/ablations").glob("*.yaml"))
 
 
-def ablate(*args, expect=0):
-    command = [sys.executable, str(ROOT / "examples/ablate.py"), *map(str, args)]
+def ablate(*args):
+    command = [sys.executable, str(EXAMPLES / "ablate.py"), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == expect, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("ablate")
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +82,17 @@ def test_grid_runs_resumes_and_reports(grid):
     assert (folder / "features-seed0/comparison.json").stat().st_mtime_ns == before
 
 
-def test_mistakes_are_found_before_the_first_run(grid, tmp_path):
+def test_mistakes_are_found_before_the_first_run(grid, script, tmp_path, monkeypatch, capsys):
     content = yaml.safe_load(grid.read_text()) | {"output_dir": str(tmp_path / "out")}
     path = tmp_path / "grid.yaml"
 
-    def refusal(*args, **changes):
+    def refusal(*args, grid=path, **changes):
         path.write_text(yaml.safe_dump(content | changes))
-        done = subprocess.run([sys.executable, str(ROOT / "examples/ablate.py"), str(path), *args],
-                              capture_output=True, text=True, cwd=ROOT)  # fmt: skip
-        assert done.returncode != 0 and not (tmp_path / "out").exists()
-        return done.stderr
+        monkeypatch.setattr(sys, "argv", ["ablate.py", str(grid), *args])
+        with pytest.raises(SystemExit) as error:
+            script.main()
+        assert error.value.code not in (0, None) and not (tmp_path / "out").exists()
+        return f"{error.value.code}\n{capsys.readouterr().err}"
 
     given = ("--variables", "place=x")
     assert "`variables` must give place=VALUE for this grid" in refusal()
@@ -92,14 +101,11 @@ def test_mistakes_are_found_before_the_first_run(grid, tmp_path):
     assert "`script` must be an example" in refusal(*given, prepare=[{"script": "x", "done": "y", "output_dir": "z"}])
     assert "`runs` must be given in the grid" in refusal(*given, runs={})
     assert "sections of" in refusal(*given, rums={})
-    assert "`grid` must be a YAML file or one of" in ablate("lossses", expect=1).stderr
+    assert "`grid` must be a YAML file or one of" in refusal(grid="lossses")
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_grids_of_the_paper_hold_only_known_options(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import ablate as script
-
+def test_grids_of_the_paper_hold_only_known_options(path, script):
     ablation = script.Ablation(grid=path.stem, variables=["data_dir=somewhere"])
     grid = script.read_grid(ablation)
     jobs = list(script.planned_jobs(grid, ablation))
