@@ -243,7 +243,7 @@ def save_checkpoint(
         partial.rename(folder)
         flush(output_dir)
         for old in find_checkpoints(output_dir)[: -config.checkpoints_total_limit]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")))  # what a kill leaves is cleared
     return folder
 
 

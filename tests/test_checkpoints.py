@@ -114,6 +114,27 @@ def test_going_back_to_an_earlier_checkpoint_sets_later_ones_aside(run_folder, d
     assert sorted(path.name for path in run_folder.glob("unused-*")) == ["unused-checkpoint-2", "unused-checkpoint-3"]
 
 
+def test_stopped_while_an_old_checkpoint_is_deleted_leaves_nothing_behind(run_folder, digits, monkeypatch):
+    """The files go one by one: what is left of them has no checkpoint's name, and the next start clears it."""
+    delete = shutil.rmtree
+
+    def stopped(folder, **options):
+        if (Path(folder) / STATE_FILE).exists():
+            (Path(folder) / STATE_FILE).unlink()
+            raise KeyboardInterrupt
+        delete(folder, **options)
+
+    first = str(run_folder / "checkpoint-1")
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        base(run_folder, digits, resume_from_checkpoint=first, checkpoints_total_limit=2).train()
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    assert (run_folder / "partial-checkpoint-1").is_dir() and not (run_folder / "checkpoint-1").exists()
+    base(run_folder, digits, resume_from_checkpoint="latest").train()
+    assert not list(run_folder.glob("partial-*"))
+    assert [path.name for path in find_checkpoints(run_folder)] == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_checkpoint_of_another_run_is_told_apart(tmp_path, digits):
     run = ladder(tmp_path, digits)
     run.train()
