@@ -12,15 +12,11 @@ import json
 import os
 import statistics
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from sfd_agreement import agreement_table
+from sfd_report import EVALUATIONS, ROOT, write_report
 
 from diffusers_rcfd import (
     CFDDistillationConfig,
@@ -33,9 +29,7 @@ from diffusers_rcfd import (
     load_image_data,
 )
 
-ROOT = Path(__file__).parent.parent
 SHARED = {"train_batch_size": 64, "learning_rate": 5e-4, "checkpointing_steps": 0, "logging_steps": 1000}
-EVALUATIONS = (4, 2, 1)
 BACKWARD = 2  # a backward pass counts as two forward ones
 
 
@@ -133,10 +127,6 @@ def train_sfd(bench, seed, teacher, folder, counts, batches, options):
     return student, batches * statistics.mean(each)
 
 
-# The paper's lengths (1024 steps halved to 1; 10 000 iterations a rung, 20 000 for 2 and 1), 2 teacher steps each.
-PAPER_LADDER = {N: sum(5 * (20_000 if M <= 2 else 10_000) for M in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if M >= N)
-                for N in EVALUATIONS}  # fmt: skip
-
 LADDER = {"student_steps": [16, 8, 4, 2, 1], "teacher_steps": [4, 2, 2, 2, 2],
           "iterations": {"digits": [250, 250, 200, 300, 300], "fashion-mnist": [300, 300, 300, 400, 400]}}  # fmt: skip
 SKIPPED = {"student_steps": [4, 2, 1], "iterations": {data: [300, 300, 300] for data in LADDER["iterations"]}}
@@ -205,20 +195,6 @@ ENTRIES = {
     "teacher": Teacher([4, 8, 16, 32], OWN_NODES),
     "teacher, thresholding": Teacher([4, 8, 16, 32], OWN_NODES | {"dynamic_thresholding": True}),
 }
-BUDGETS = (500, 1000, 2000, 4000, 6000, 8000)
-TOP = 15  # of the figures
-SHOWN = {  # in the figures, by name; the others in grey
-    "PD ladder": {"color": "C0", "marker": "o"},
-    "RCFD ladder": {"color": "C1", "marker": "o"},
-    "RCFD, base to 4, K = 8": {"color": "C8", "marker": "v"},
-    "SFD (L1, AFS, thresholding)": {"color": "C5", "marker": "^"},
-    "SFD, no thresholding, no AFS, in stages": {"color": "C4", "marker": "D"},
-    "SFD-v by CFD, one trajectory of 8": {"color": "C2", "marker": "s"},
-    "CFD on SFD's pairs, in stages": {"color": "C3", "marker": "*"},
-    "CFD on SFD's pairs, and L1, in stages": {"color": "black", "marker": "P"},
-    "CFD on SFD's pairs, AFS": {"color": "C9", "marker": "<"},
-    "CFD on SFD's pairs, to 4, K = 2": {"color": "C6", "marker": "X"},
-}
 
 
 class Bench:
@@ -283,144 +259,6 @@ def run(name, scale, seed, bench):
             fd, score = bench.measure(pipeline, N, seed)
             print(f"{name}, seed {seed}, scale {scale:g}: {N} evaluations, {cost:.0f}, FD {fd:.2f}", flush=True)
             yield {"evaluations": N, "cost": cost, "fd": fd, "is": score}
-
-
-def read_rows(folder):
-    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def means(rows):
-    """{(method, evaluations): [(cost, mean FD, its standard deviation, mean score, seeds)]} by rising cost."""
-    grouped = defaultdict(list)
-    for row in rows:
-        grouped[row["method"], row["evaluations"], row["cost"]].append(row)
-    curves = defaultdict(list)
-    for (method, N, cost), group in sorted(grouped.items(), key=lambda item: item[0][2]):
-        distances = [row["fd"] for row in group]
-        spread = statistics.stdev(distances) if len(group) > 1 else 0.0
-        score = statistics.mean(row["is"] for row in group)
-        curves[method, N].append((cost, statistics.mean(distances), spread, score, len(group)))
-    return curves
-
-
-def write_report():
-    """`benchmarks/sfd.md` and a figure for each data set that has rows; what is written by hand at its end stays."""
-    sections = []
-    for data in ("digits", "fashion-mnist"):
-        rows = read_rows(ROOT / "runs/sfd" / data)
-        if rows:
-            curves, picture = means(rows), f"sfd_{data.replace('-', '_')}.png"
-            draw(curves, ROOT / "benchmarks" / picture)
-            seeds = sorted({row["seed"] for row in rows})
-            sections += [
-                f"## {data}, seeds {', '.join(map(str, seeds))}",
-                f"![FD against cost, up to {TOP}; grey: variants, which the table names]({picture})",
-                table(curves),
-                best_table(curves),
-                teacher_table(curves),
-            ]
-    path = ROOT / "benchmarks/sfd.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "timm"))
-    lengths = ", ".join(f"{cost:,} to {N}".replace(",", " ") for N, cost in PAPER_LADDER.items())
-    head = f"""# Distance against the cost of distillation
-
-Written by `python benchmarks/sfd.py` (see there for its options) on {date.today()},
-{os.cpu_count()} shared CPU cores. {packages}.
-
-Cost: network forward equivalents for each image of a batch of 64, a backward pass counted as two, so that an iteration
-of a ladder costs K + 3 and a batch of SFD its teacher's evaluations and 3 for each of the student's; classifier and
-base model are not counted. The ladders as the paper runs them (1024 steps halved, 10 000 iterations a rung, 20 000
-for 2 and 1) would cost {lengths} steps; the
-column *of the paper's ladder* sets each cost against that.
-
-FD: Frechet distance in the features of an evaluator that no loss has seen; **not FID**. Mean over
-the seeds ± standard deviation; a row of fewer seeds than another does not compare with it to the last digit.
-
-## Agreement
-
-{agreement_table()}"""
-    hand = text.partition("\n## What")
-    path.write_text("\n\n".join(filter(None, [head, *sections])) + "\n" + hand[1] + hand[2], encoding="utf-8")
-
-
-def table(curves):
-    lines = ["| evaluations | method | cost | of the paper's ladder | seeds | FD | score |",
-             "|---:|---|---:|---:|---:|---:|---:|"]  # fmt: skip
-    for N in EVALUATIONS:
-        for (method, number), points in curves.items():
-            for cost, fd, spread, score, seeds in points if number == N and points[0][0] else ():
-                share, distance = cost / PAPER_LADDER[N], varied(fd, spread, seeds)
-                lines.append(f"| {N} | {method} | {cost:.0f} | {share:.2%} | {seeds} | {distance} | {score:.2f} |")
-    return "\n".join(lines)
-
-
-def best_table(curves):
-    """The entry of lowest mean FD that each budget pays for, of those with all seeds."""
-    most = max(point[-1] for points in curves.values() for point in points)
-    lines = [f"| for at most | {' | '.join(f'in {N}' for N in EVALUATIONS)} |", "|---:|" + "---|" * len(EVALUATIONS)]
-    for budget in BUDGETS:
-        cells = []
-        for N in EVALUATIONS:
-            paid = [(fd, method, cost) for (method, number), points in curves.items() if number == N
-                    for cost, fd, _, _, seeds in points if 0 < cost <= budget and seeds == most]  # fmt: skip
-            best = min(paid, key=lambda row: (row[0], len(row[1])), default=None)  # a first stage is an entry itself
-            cells.append("{:.2f}, {} ({:.0f})".format(*best) if best else "")
-        if any(cells):
-            lines.append(f"| {budget} | {' | '.join(cells)} |")
-    return "The best entry (its cost) for a budget, in 4, 2 and 1 evaluations:\n\n" + "\n".join(lines)
-
-
-def varied(value, spread, seeds):
-    return f"{value:.2f} ± {spread:.2f}" if seeds > 1 else f"{value:.2f}"
-
-
-def teacher_table(curves):
-    """Of the teacher's own trajectories, which SFD's students learn; FD in each number of evaluations."""
-    methods = [method for method in ("teacher", "teacher, thresholding") if (method, 8) in curves]
-    if not methods:
-        return ""
-    counts = sorted({N for method, N in curves if method in methods})
-    lines = [f"| evaluations of the base model | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
-    for method in methods:
-        cells = (curves[method, N][0] for N in counts)
-        lines.append(
-            f"| {method} | " + " | ".join(varied(fd, spread, seeds) for _, fd, spread, _, seeds in cells) + " |"
-        )
-    return "The teacher's own trajectories, FD:\n\n" + "\n".join(lines)
-
-
-def draw(curves, path):
-    """A panel for each number of evaluations: FD against cost, both on log axes, a line for each of `SHOWN`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(EVALUATIONS), figsize=(15, 5.5), sharey=True)
-    for axis, N in zip(axes, EVALUATIONS, strict=True):
-        for (method, number), points in curves.items():
-            if number == N and points[0][0]:
-                costs, distances, spreads, *_ = zip(*points, strict=True)
-                if method in SHOWN:
-                    line = {"linestyle": "-" if "ladder" in method else "--", "label": method} | SHOWN[method]
-                    axis.errorbar(costs, distances, spreads, capsize=2, **line)
-                else:
-                    axis.plot(costs, distances, ".", color="0.7", zorder=0)
-        title = f"{N} evaluation{'s' * (N > 1)}"
-        axis.set(xscale="log", yscale="log", xlabel="cost, forward equivalents", title=title)
-        axis.set_ylim(top=TOP)
-        axis.xaxis.set_minor_formatter("")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("FD")
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    labels = [method for method in SHOWN if method in handles]
-    figure.legend([handles[method] for method in labels], labels, loc="lower center", ncols=5, fontsize=9)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":
