@@ -103,17 +103,18 @@ class Stages:
 
 @dataclass
 class Teacher:
-    """The teacher's own trajectories in several numbers of evaluations; nothing is trained."""
+    """The teacher's own trajectories, for each student steps N and teacher steps K of `routes`; nothing is trained."""
 
-    evaluations: list[int]
+    routes: list[tuple[int, int]]
     options: dict
 
     def run(self, scale, bench, seed, folder):
         """As `Ladder.run`."""
-        for K in self.evaluations:
+        for N, K in self.routes:
             options = bench.options | self.options
-            config = SFDDistillationConfig(folder, student_steps=[1], teacher_steps=K, **options)
-            yield K, 0, SFDDistillationTrainer(bench.base(seed), None, config).teacher_samplers[K]
+            config = SFDDistillationConfig(folder, student_steps=[N], teacher_steps=K, **options)
+            trainer = SFDDistillationTrainer(bench.base(seed), None, config)
+            yield from ((evaluations, 0, pipeline) for evaluations, pipeline in trainer.teacher_samplers.items())
 
 
 def train_sfd(bench, seed, teacher, folder, counts, batches, options):
@@ -141,6 +142,7 @@ AT_ONCE = {"objective": ["rcfd"], "temperature": [0.8]}
 OWN_NODES = {"analytical_first_step": False, "dynamic_thresholding": False}
 PAPER, OURS = {"objective": "l1"}, {"objective": "cfd", "temperature": 0.8} | OWN_NODES
 THEN_ONE = {"batches": [400, 400], "temperature": [0.8, 1.0]}  # two stages, the second to 1 evaluation
+STRAIGHT = [(1, 4), (1, 8), (1, 16), (1, 32)]
 VARIANTS = {
     "spatial": {"distribution": "spatial"},
     "AFS": {"analytical_first_step": True},
@@ -192,8 +194,9 @@ ENTRIES = {
         for name, options in VARIANTS.items()
         for N, K in ((4, 2), (1, 4 if name == "AFS" else 8))
     },
-    "teacher": Teacher([4, 8, 16, 32], OWN_NODES),
-    "teacher, thresholding": Teacher([4, 8, 16, 32], OWN_NODES | {"dynamic_thresholding": True}),
+    "teacher": Teacher(STRAIGHT, OWN_NODES),
+    "teacher, AFS": Teacher([(1, 4), (4, 2), (2, 4)], OWN_NODES | VARIANTS["AFS"]),
+    "teacher, thresholding": Teacher(STRAIGHT, OWN_NODES | {"dynamic_thresholding": True}),
 }
 
 

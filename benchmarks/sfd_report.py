@@ -28,7 +28,8 @@ VARIANTS = {  # of CFD alone, by evaluations
            1: f"CFD on SFD's pairs, {name}, to 1, K = {K}"}
     for name, in_two, K in (("spatial", "", 8), ("AFS", "", 4), ("no EMA", "", 8), ("and L1", ", in stages", 8))
 }  # fmt: skip
-BUDGETS = (500, 1000, 2000, 4000, 6000, 8000)
+BUDGETS = (500, 1000, 2000, 4000, 6000, 9000)
+ANALYTICAL = {"color": "C9", "marker": "<", "label": "CFD on SFD's pairs, AFS"}
 TOP = 15  # of the figures
 SHOWN = {  # in the figures, by name; the others in grey
     "PD ladder": {"color": "C0", "marker": "o"},
@@ -39,7 +40,9 @@ SHOWN = {  # in the figures, by name; the others in grey
     "SFD-v by CFD, one trajectory of 8": {"color": "C2", "marker": "s"},
     "CFD on SFD's pairs, in stages": {"color": "C3", "marker": "*"},
     "CFD on SFD's pairs, and L1, in stages": {"color": "black", "marker": "P"},
-    "CFD on SFD's pairs, AFS": {"color": "C9", "marker": "<"},
+    "CFD on SFD's pairs, AFS": ANALYTICAL,
+    "CFD on SFD's pairs, AFS, to 4, K = 2": ANALYTICAL,
+    "CFD on SFD's pairs, AFS, to 1, K = 4": ANALYTICAL,
     "CFD on SFD's pairs, to 4, K = 2": {"color": "C6", "marker": "X"},
 }
 
@@ -156,16 +159,17 @@ def varied(value, spread, seeds):
 
 def teacher_table(curves):
     """Of the teacher's own trajectories, which SFD's students learn; FD in each number of evaluations."""
-    methods = [method for method in ("teacher", "teacher, thresholding") if (method, 8) in curves]
+    methods = [method for method in ("teacher", "teacher, AFS", "teacher, thresholding") if (method, 8) in curves]
     if not methods:
         return ""
     counts = sorted({N for method, N in curves if method in methods})
     lines = [f"| evaluations of the base model | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
     for method in methods:
-        cells = (curves[method, N][0] for N in counts)
-        lines.append(
-            f"| {method} | " + " | ".join(varied(fd, spread, seeds) for _, fd, spread, _, seeds in cells) + " |"
-        )
+        cells = []
+        for N in counts:
+            for _, fd, spread, _, seeds in curves.get((method, N), [(0, 0, 0, 0, 0)]):
+                cells.append(varied(fd, spread, seeds) if seeds else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "The teacher's own trajectories, FD:\n\n" + "\n".join(lines)
 
 
