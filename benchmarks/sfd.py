@@ -160,6 +160,7 @@ ENTRIES = {
     "RCFD, base to 1, K = 8": Ladder(teacher_steps=[8], **ONCE, options=AT_ONCE),
     "RCFD, base to 1, K = 16": Ladder(teacher_steps=[16], **ONCE, options=AT_ONCE),
     "SFD (L1, AFS, thresholding)": Trajectories([2], PAPER),
+    "SFD (L1, AFS, thresholding), to 4": Trajectories([4], PAPER),
     "SFD, no thresholding": Trajectories([2], PAPER | {"dynamic_thresholding": False}),
     "SFD, no thresholding, no AFS, to 4, K = 2": Trajectories([4], PAPER | OWN_NODES | {"teacher_steps": 2}),
     "SFD, no thresholding, no AFS, in stages": Stages([2, 1], **THEN_ONE, options=PAPER | OWN_NODES),

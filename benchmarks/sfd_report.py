@@ -29,13 +29,15 @@ VARIANTS = {  # of CFD alone, by evaluations
     for name, in_two, K in (("spatial", "", 8), ("AFS", "", 4), ("no EMA", "", 8), ("and L1", ", in stages", 8))
 }  # fmt: skip
 BUDGETS = (500, 1000, 2000, 4000, 6000, 9000)
+PUBLISHED = {"color": "C5", "marker": "^", "label": "SFD (L1, AFS, thresholding)"}
 ANALYTICAL = {"color": "C9", "marker": "<", "label": "CFD on SFD's pairs, AFS"}
 TOP = 15  # of the figures
 SHOWN = {  # in the figures, by name; the others in grey
     "PD ladder": {"color": "C0", "marker": "o"},
     "RCFD ladder": {"color": "C1", "marker": "o"},
     "RCFD, base to 4, K = 8": {"color": "C8", "marker": "v"},
-    "SFD (L1, AFS, thresholding)": {"color": "C5", "marker": "^"},
+    "SFD (L1, AFS, thresholding)": PUBLISHED,
+    "SFD (L1, AFS, thresholding), to 4": PUBLISHED,
     "SFD, no thresholding, no AFS, in stages": {"color": "C4", "marker": "D"},
     "SFD-v by CFD, one trajectory of 8": {"color": "C2", "marker": "s"},
     "CFD on SFD's pairs, in stages": {"color": "C3", "marker": "*"},
