@@ -137,7 +137,7 @@ def best_table(curves):
 
 
 def variants_table(rows):
-    """FD of each variant over that of CFD alone, with the same seeds and as many batches."""
+    """FD of each variant over that of CFD alone, with as many batches, on the seeds that both have."""
     found = defaultdict(dict)
     for row in rows:
         found[row["method"], row["evaluations"], row["scale"]][row["seed"]] = row["fd"]
@@ -146,13 +146,14 @@ def variants_table(rows):
         for scale in sorted(scale for method, number, scale in found if (method, number) == (plain, N)):
             alone, cells = found[plain, N, scale], []
             for entries in VARIANTS.values():
-                ratios = [fd / alone[seed] for seed, fd in found[entries[N], N, scale].items()]
+                ratios = [fd / alone[seed] for seed, fd in found[entries[N], N, scale].items() if seed in alone]
                 spread = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
                 cells.append(varied(statistics.mean(ratios), spread, len(ratios)) if ratios else "")
             if any(cells):
                 mean = statistics.mean(alone.values())
                 lines.append(f"| {N} | {400 * scale:.0f} | {mean:.2f} | {' | '.join(cells)} |")
-    return "CFD's variants, FD over that of CFD alone on each seed, for as many batches:\n\n" + "\n".join(lines)
+    title = "CFD's variants, FD over that of CFD alone on each seed, for as many batches:\n\n"
+    return title + "\n".join(lines) if len(lines) > 2 else ""
 
 
 def varied(value, spread, seeds):
@@ -167,11 +168,9 @@ def teacher_table(curves):
     counts = sorted({N for method, N in curves if method in methods})
     lines = [f"| evaluations of the base model | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
     for method in methods:
-        cells = []
-        for N in counts:
-            for _, fd, spread, _, seeds in curves.get((method, N), [(0, 0, 0, 0, 0)]):
-                cells.append(varied(fd, spread, seeds) if seeds else "")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        found = {N: points[0] for N in counts if (points := curves.get((method, N)))}
+        cells = {N: varied(fd, spread, seeds) for N, (_, fd, spread, _, seeds) in found.items()}
+        lines.append(f"| {method} | {' | '.join(cells.get(N, '') for N in counts)} |")
     return "The teacher's own trajectories, FD:\n\n" + "\n".join(lines)
 
 
