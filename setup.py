@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -60,8 +60,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["diffusion", "distillation", "diffusers", "few-step sampling", "image generation"],
-    packages=["diffusers_rcfd"],
-    package_data={"diffusers_rcfd": ["data/*.parquet", "data/README.md"]},
+    packages=find_packages(include=["diffusers_rcfd", "diffusers_rcfd.*"]),
+    package_data={"diffusers_rcfd": ["py.typed", "data/*.parquet", "data/README.md"]},
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require={

@@ -92,7 +92,7 @@ def train_edm(folder, seed):
     from diffusers import DDPMPipeline, EDMEulerScheduler
 
     from diffusers_rcfd import DiffusionConfig, DiffusionTrainer, build_unet, load_image_data
-    from diffusers_rcfd.edm_teacher import from_edm
+    from diffusers_rcfd.models.edm import from_edm
 
     torch.manual_seed(seed)
     stock, unet = EDMEulerScheduler(prediction_type="v_prediction"), build_unet("digits")

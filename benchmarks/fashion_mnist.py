@@ -42,7 +42,7 @@ def measured(args):
     from accelerate import Accelerator
 
     from diffusers_rcfd import Evaluator, RCFDPipeline, load_feature_classifier, load_image_data
-    from diffusers_rcfd.comparison import (
+    from diffusers_rcfd.evaluation.comparison import (
         compare,
         save_comparison_figure,
         save_comparison_grid,

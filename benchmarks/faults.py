@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks.stoppable_run import KEYBOARD_INTERRUPT, STEPS, Run  # noqa: E402
-from diffusers_rcfd.checkpoints import STATE_FILE, find_checkpoints, find_fault  # noqa: E402
+from diffusers_rcfd.trainers.checkpoints import STATE_FILE, find_checkpoints, find_fault  # noqa: E402
 from tests import invalid_options  # noqa: E402
 
 TRAINERS, DATA, PROCESSES = ("base", "classifier", "ladder"), ("shuffled", "streamed"), (1, 2)

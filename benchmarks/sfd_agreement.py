@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from diffusers_rcfd import RCFDScheduler
-from diffusers_rcfd.targets import ddim_target
-from diffusers_rcfd.trajectories import (
+from diffusers_rcfd.distillation.targets import ddim_target
+from diffusers_rcfd.schedulers.trajectories import (
     analytical_first_step,
     euler_step,
     nearest_indices,

@@ -27,7 +27,7 @@ from paired import DEVICE, PRESETS, batch_sizes, clock, line, pipeline_of, ratio
 from speed_means import NOT_MEASURED, means, means_table
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler, build_unet
-from diffusers_rcfd.image_sampling import generate_images
+from diffusers_rcfd.evaluation.sampling import generate_images
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.optimization import fuse
 
 from diffusers_rcfd import CFDDistillationConfig, to_onnx_runtime
-from diffusers_rcfd.fast_networks import frozen
-from diffusers_rcfd.optimization import average_step
+from diffusers_rcfd.trainers.fast_networks import frozen
+from diffusers_rcfd.trainers.optimization import average_step
 
 TRAINING = (("digits", 64), ("fashion-mnist", 16))
 

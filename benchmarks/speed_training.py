@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer
-from diffusers_rcfd.batches import endless_batches
+from diffusers_rcfd.trainers.batches import endless_batches
 
 
 @contextmanager

@@ -10,51 +10,51 @@ __version__ = "0.1.0"
 
 # Each public name and the module that defines it.
 _MODULE_OF = {
-    "CFDDistillationConfig": "cfd_config",
-    "CFDDistillationTrainer": "cfd_trainer",
-    "ClassifierConfig": "configs",
-    "ClassifierTrainer": "classifier_trainer",
-    "DataConfig": "configs",
-    "DiffusionConfig": "configs",
-    "DiffusionTrainer": "diffusion_trainer",
-    "EvaluationResult": "evaluation",
-    "Evaluator": "evaluation",
-    "FeatureClassifier": "feature_classifier",
-    "ImageData": "image_data",
-    "RCFDPipeline": "pipeline_rcfd",
-    "RCFDScheduler": "scheduling_rcfd",
-    "SFDDistillationConfig": "sfd_config",
-    "SFDDistillationTrainer": "sfd_trainer",
-    "UNET_PRESETS": "unet_presets",
-    "build_unet": "unet_presets",
-    "load_feature_classifier": "feature_classifier",
-    "load_image_data": "image_data",
-    "to_onnx_runtime": "onnx_runtime",
+    "CFDDistillationConfig": "trainers.ladder_config",
+    "CFDDistillationTrainer": "trainers.ladder",
+    "ClassifierConfig": "trainers.config",
+    "ClassifierTrainer": "trainers.classifier",
+    "DataConfig": "data.config",
+    "DiffusionConfig": "trainers.config",
+    "DiffusionTrainer": "trainers.diffusion",
+    "EvaluationResult": "evaluation.evaluator",
+    "Evaluator": "evaluation.evaluator",
+    "FeatureClassifier": "models.feature_classifier",
+    "ImageData": "data.image_data",
+    "RCFDPipeline": "pipelines.pipeline_rcfd",
+    "RCFDScheduler": "schedulers.scheduling_rcfd",
+    "SFDDistillationConfig": "trainers.sfd_config",
+    "SFDDistillationTrainer": "trainers.sfd",
+    "UNET_PRESETS": "models.unet_presets",
+    "build_unet": "models.unet_presets",
+    "load_feature_classifier": "models.feature_classifier",
+    "load_image_data": "data.image_data",
+    "to_onnx_runtime": "pipelines.onnx_runtime",
 }
 
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:
-    from diffusers_rcfd.cfd_config import CFDDistillationConfig as CFDDistillationConfig
-    from diffusers_rcfd.cfd_trainer import CFDDistillationTrainer as CFDDistillationTrainer
-    from diffusers_rcfd.classifier_trainer import ClassifierTrainer as ClassifierTrainer
-    from diffusers_rcfd.configs import ClassifierConfig as ClassifierConfig
-    from diffusers_rcfd.configs import DataConfig as DataConfig
-    from diffusers_rcfd.configs import DiffusionConfig as DiffusionConfig
-    from diffusers_rcfd.diffusion_trainer import DiffusionTrainer as DiffusionTrainer
-    from diffusers_rcfd.evaluation import EvaluationResult as EvaluationResult
-    from diffusers_rcfd.evaluation import Evaluator as Evaluator
-    from diffusers_rcfd.feature_classifier import FeatureClassifier as FeatureClassifier
-    from diffusers_rcfd.feature_classifier import load_feature_classifier as load_feature_classifier
-    from diffusers_rcfd.image_data import ImageData as ImageData
-    from diffusers_rcfd.image_data import load_image_data as load_image_data
-    from diffusers_rcfd.onnx_runtime import to_onnx_runtime as to_onnx_runtime
-    from diffusers_rcfd.pipeline_rcfd import RCFDPipeline as RCFDPipeline
-    from diffusers_rcfd.scheduling_rcfd import RCFDScheduler as RCFDScheduler
-    from diffusers_rcfd.sfd_config import SFDDistillationConfig as SFDDistillationConfig
-    from diffusers_rcfd.sfd_trainer import SFDDistillationTrainer as SFDDistillationTrainer
-    from diffusers_rcfd.unet_presets import UNET_PRESETS as UNET_PRESETS
-    from diffusers_rcfd.unet_presets import build_unet as build_unet
+    from diffusers_rcfd.data.config import DataConfig as DataConfig
+    from diffusers_rcfd.data.image_data import ImageData as ImageData
+    from diffusers_rcfd.data.image_data import load_image_data as load_image_data
+    from diffusers_rcfd.evaluation.evaluator import EvaluationResult as EvaluationResult
+    from diffusers_rcfd.evaluation.evaluator import Evaluator as Evaluator
+    from diffusers_rcfd.models.feature_classifier import FeatureClassifier as FeatureClassifier
+    from diffusers_rcfd.models.feature_classifier import load_feature_classifier as load_feature_classifier
+    from diffusers_rcfd.models.unet_presets import UNET_PRESETS as UNET_PRESETS
+    from diffusers_rcfd.models.unet_presets import build_unet as build_unet
+    from diffusers_rcfd.pipelines.onnx_runtime import to_onnx_runtime as to_onnx_runtime
+    from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline as RCFDPipeline
+    from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler as RCFDScheduler
+    from diffusers_rcfd.trainers.classifier import ClassifierTrainer as ClassifierTrainer
+    from diffusers_rcfd.trainers.config import ClassifierConfig as ClassifierConfig
+    from diffusers_rcfd.trainers.config import DiffusionConfig as DiffusionConfig
+    from diffusers_rcfd.trainers.diffusion import DiffusionTrainer as DiffusionTrainer
+    from diffusers_rcfd.trainers.ladder import CFDDistillationTrainer as CFDDistillationTrainer
+    from diffusers_rcfd.trainers.ladder_config import CFDDistillationConfig as CFDDistillationConfig
+    from diffusers_rcfd.trainers.sfd import SFDDistillationTrainer as SFDDistillationTrainer
+    from diffusers_rcfd.trainers.sfd_config import SFDDistillationConfig as SFDDistillationConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import yaml
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import option, require, require_count
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.validation import option, require, require_count
 
 EXAMPLES = Path(__file__).parent
 GRIDS = EXAMPLES / "configs/ablations"

@@ -12,8 +12,11 @@ several, PLACE@N chooses: SFD-v=runs/digits_sfdv/student@2.
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import STOCK_SAMPLERS, DataConfig, EvaluationConfig, option, require, require_count
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.evaluation.config import EvaluationConfig
+from diffusers_rcfd.schedulers.names import STOCK_SAMPLERS
+from diffusers_rcfd.validation import option, require, require_count
 
 
 @dataclass
@@ -43,7 +46,7 @@ def main(args: list[str] | None = None):
     from accelerate import Accelerator
 
     from diffusers_rcfd import RCFDPipeline, load_image_data
-    from diffusers_rcfd.comparison import (
+    from diffusers_rcfd.evaluation.comparison import (
         compare,
         markdown_table,
         save_comparison,
@@ -52,7 +55,7 @@ def main(args: list[str] | None = None):
         stock_contenders,
         student_contender,
     )
-    from diffusers_rcfd.evaluation import load_evaluator
+    from diffusers_rcfd.evaluation.evaluator import load_evaluator
 
     accelerator = Accelerator()
     contenders = []

@@ -8,8 +8,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import option, require, require_count
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.validation import option, require, require_count
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Conversion:
 
 def main():
     (options,) = parse_options(Conversion, description=__doc__)
-    from diffusers_rcfd.checkpoint_conversion import convert_classifier, convert_unet, read_checkpoint
+    from diffusers_rcfd.models.authors_checkpoints import convert_classifier, convert_unet, read_checkpoint
 
     try:
         checkpoint = read_checkpoint(options.checkpoint)

@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 
 import diffusers_rcfd
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import option, require
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.validation import option, require
 
 STEPS = (1, 2, 4)
 MAX_IMAGES = 64
@@ -85,7 +85,7 @@ def find_pipeline(model: str, steps: int) -> tuple[str, str | None]:
 @lru_cache(maxsize=4)
 def load_pipeline(source: str, revision: str | None, device: str):
     """The pipeline, which has run once, so that the time of its first image is that of any other."""
-    from diffusers_rcfd.image_sampling import generate_images
+    from diffusers_rcfd.evaluation.sampling import generate_images
 
     options = {"revision": revision} if revision else {}
     pipeline = diffusers_rcfd.RCFDPipeline.from_pretrained(source, use_safetensors=True, **options).to(device)
@@ -98,7 +98,7 @@ def sample(pipeline, steps: int, num_images: int, seed: int, class_label: int | 
     """Images (B, C, H, W) in uint8 and the seconds they took; `class_label` is that of all, or "balanced"."""
     import torch
 
-    from diffusers_rcfd.image_sampling import generate_images
+    from diffusers_rcfd.evaluation.sampling import generate_images
 
     if class_label != "balanced":
         class_label = None if pipeline.num_classes is None else [class_label] * num_images

@@ -11,15 +11,11 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers_rcfd.cfd_config import PER_RUNG, CFDDistillationConfig
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import (
-    ClassifierConfig,
-    DataConfig,
-    DiffusionConfig,
-    option,
-    require,
-)
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.trainers.config import ClassifierConfig, DiffusionConfig
+from diffusers_rcfd.trainers.ladder_config import PER_RUNG, CFDDistillationConfig
+from diffusers_rcfd.validation import option, require
 
 
 @dataclass
@@ -92,10 +88,10 @@ def run(job, data, base, classifier, evaluator, distillation):
         load_feature_classifier,
         load_image_data,
     )
-    from diffusers_rcfd.cfd_trainer import check_classifier_fits
-    from diffusers_rcfd.checkpoints import check_output_dir
-    from diffusers_rcfd.comparison import Contender
-    from diffusers_rcfd.generator_trainer import check_images_fit
+    from diffusers_rcfd.evaluation.comparison import Contender
+    from diffusers_rcfd.trainers.checkpoints import check_output_dir
+    from diffusers_rcfd.trainers.generator import check_images_fit
+    from diffusers_rcfd.trainers.ladder import check_classifier_fits
 
     accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
@@ -200,7 +196,7 @@ def parts_of(distillation, base, classifier, evaluator, students):
 
 def open_repositories(parts, accelerator):
     """The repositories of the parts to publish, by name; a wrong token is found now, not after days."""
-    from diffusers_rcfd.hub import open_repository
+    from diffusers_rcfd.hub.publishing import open_repository
 
     return {
         name: open_repository(part.hub_model_id, part.hub_token, part.hub_private_repo or None)
@@ -243,7 +239,7 @@ def build_evaluator(job, data, images, judge, accelerator, seed):
 
 def judge_contenders(job, distillation, contenders, measure):
     """Measure all on the same noise; the table is printed and saved with a picture."""
-    from diffusers_rcfd.comparison import compare, markdown_table, save_comparison, save_comparison_grid
+    from diffusers_rcfd.evaluation.comparison import compare, markdown_table, save_comparison, save_comparison_grid
 
     for contender in contenders:
         contender.pipeline.to(measure.accelerator.device)

@@ -23,9 +23,11 @@ from distill_rcfd import (
     train_classifier,
 )
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import ClassifierConfig, DataConfig, DiffusionConfig, option, require
-from diffusers_rcfd.sfd_config import SFDDistillationConfig
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.trainers.config import ClassifierConfig, DiffusionConfig
+from diffusers_rcfd.trainers.sfd_config import SFDDistillationConfig
+from diffusers_rcfd.validation import option, require
 
 
 @dataclass
@@ -74,9 +76,9 @@ def run(job, data, base, classifier, evaluator, distillation):
         load_feature_classifier,
         load_image_data,
     )
-    from diffusers_rcfd.checkpoints import check_output_dir
-    from diffusers_rcfd.comparison import Contender
-    from diffusers_rcfd.lpips import LPIPS
+    from diffusers_rcfd.evaluation.comparison import Contender
+    from diffusers_rcfd.losses.lpips import LPIPS
+    from diffusers_rcfd.trainers.checkpoints import check_output_dir
 
     accelerator = Accelerator(mixed_precision=distillation.mixed_precision)
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:

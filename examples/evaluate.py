@@ -8,8 +8,10 @@ accelerate launch examples/evaluate.py --model me/student --dataset uoft-cs/cifa
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import DataConfig, EvaluationConfig, option, require
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.evaluation.config import EvaluationConfig
+from diffusers_rcfd.validation import option, require
 
 
 @dataclass
@@ -30,8 +32,8 @@ def main(args: list[str] | None = None):
     from accelerate import Accelerator
 
     from diffusers_rcfd import RCFDPipeline, load_image_data
-    from diffusers_rcfd.checkpoints import write_json
-    from diffusers_rcfd.evaluation import load_evaluator
+    from diffusers_rcfd.evaluation.evaluator import load_evaluator
+    from diffusers_rcfd.trainers.checkpoints import write_json
 
     accelerator = Accelerator()
     pipeline = RCFDPipeline.from_pretrained(subject.model)

@@ -10,8 +10,8 @@ predictions over the steps (Figure 2 of the paper) and the histogram of the clas
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import option, require, require_count
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.validation import option, require, require_count
 
 
 @dataclass
@@ -40,8 +40,8 @@ def main():
     from tqdm.auto import tqdm
 
     from diffusers_rcfd import RCFDPipeline, load_feature_classifier
-    from diffusers_rcfd.checkpoints import write_json
-    from diffusers_rcfd.inspection import draw_inspection, inspect_sampling
+    from diffusers_rcfd.evaluation.inspection import draw_inspection, inspect_sampling
+    from diffusers_rcfd.trainers.checkpoints import write_json
 
     classifier = load_feature_classifier(options.classifier)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,8 @@ python examples/sample.py --model runs/digits/students/1-step --num_images 50000
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import option, require, require_count
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.validation import option, require, require_count
 
 
 @dataclass
@@ -50,7 +50,7 @@ def main():
     from torchvision.utils import save_image
 
     from diffusers_rcfd import RCFDPipeline, to_onnx_runtime
-    from diffusers_rcfd.image_sampling import generate_images
+    from diffusers_rcfd.evaluation.sampling import generate_images
 
     pipeline = RCFDPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     pipeline.to("cpu" if options.onnx_runtime else options.device or Accelerator().device)

@@ -6,8 +6,10 @@ accelerate launch examples/train_classifier.py --config digits --output_dir runs
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import ClassifierConfig, DataConfig, option
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.trainers.config import ClassifierConfig
+from diffusers_rcfd.validation import option
 
 
 @dataclass
@@ -31,7 +33,7 @@ def main(args: list[str] | None = None):
     import torch
 
     from diffusers_rcfd import ClassifierTrainer, FeatureClassifier, load_image_data
-    from diffusers_rcfd.checkpoints import check_output_dir
+    from diffusers_rcfd.trainers.checkpoints import check_output_dir
 
     check_output_dir(config)
     images = load_image_data(**vars(data))

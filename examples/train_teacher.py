@@ -6,8 +6,11 @@ accelerate launch examples/train_teacher.py --config digits --output_dir runs/di
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import DataConfig, DiffusionConfig, EvaluationConfig, option
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.evaluation.config import EvaluationConfig
+from diffusers_rcfd.trainers.config import DiffusionConfig
+from diffusers_rcfd.validation import option
 
 
 @dataclass
@@ -32,8 +35,8 @@ def main():
     from accelerate import Accelerator
 
     from diffusers_rcfd import DiffusionTrainer, RCFDScheduler, build_unet, load_image_data
-    from diffusers_rcfd.checkpoints import check_output_dir
-    from diffusers_rcfd.evaluation import load_evaluator
+    from diffusers_rcfd.evaluation.evaluator import load_evaluator
+    from diffusers_rcfd.trainers.checkpoints import check_output_dir
 
     check_output_dir(config)
     scheduler = RCFDScheduler(

@@ -7,23 +7,20 @@ import math
 from hypothesis import strategies as st
 
 from diffusers_rcfd import RCFDScheduler
-from diffusers_rcfd.cfd_config import LOSS_PRESETS, CFDDistillationConfig
-from diffusers_rcfd.configs import (
+from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.evaluation.config import METRICS, EvaluationConfig
+from diffusers_rcfd.schedulers.names import BETA_SCHEDULES, PREDICTION_TYPES, TEACHER_SOLVERS
+from diffusers_rcfd.trainers.config import (
     HUB_STRATEGIES,
     LR_SCHEDULERS,
-    METRICS,
     MIXED_PRECISIONS,
-    OBJECTIVES,
     OPTIMIZERS,
     WEIGHTINGS,
     ClassifierConfig,
-    DataConfig,
     DiffusionConfig,
-    EvaluationConfig,
 )
-from diffusers_rcfd.noise_schedules import BETA_SCHEDULES
-from diffusers_rcfd.scheduling_rcfd import PREDICTION_TYPES
-from diffusers_rcfd.sfd_config import SFD_OBJECTIVES, TEACHER_SOLVERS, SFDDistillationConfig
+from diffusers_rcfd.trainers.ladder_config import LOSS_PRESETS, OBJECTIVES, CFDDistillationConfig
+from diffusers_rcfd.trainers.sfd_config import SFD_OBJECTIVES, SFDDistillationConfig
 
 WORDS = st.text(max_size=8)
 THINGS = st.dictionaries(WORDS, st.integers(), max_size=1) | st.binary(max_size=4)

@@ -14,9 +14,9 @@ from diffusers import (
 )
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, RCFDPipeline, load_image_data, losses
-from diffusers_rcfd.feature_classifier import FeatureClassifierOutput
-from diffusers_rcfd.feature_terms import spread
-from diffusers_rcfd.targets import ddim_target
+from diffusers_rcfd.distillation.feature_terms import spread
+from diffusers_rcfd.distillation.targets import ddim_target
+from diffusers_rcfd.models.feature_classifier import FeatureClassifierOutput
 from tests.toys import golden, parameters, tiny_classifier, tiny_teacher, tiny_unet, toy_student, toy_teacher
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_rcfd import FeatureClassifier, RCFDPipeline, build_unet
-from diffusers_rcfd.checkpoint_conversion import convert_classifier, convert_unet, read_checkpoint
+from diffusers_rcfd.models.authors_checkpoints import convert_classifier, convert_unet, read_checkpoint
 from tests.toys import GOLDEN, golden
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "convert_checkpoint.py"

@@ -15,7 +15,7 @@ from diffusers_rcfd import (
     RCFDScheduler,
     load_image_data,
 )
-from diffusers_rcfd.checkpoints import STATE_FILE, find_checkpoints, find_fault, read_state
+from diffusers_rcfd.trainers.checkpoints import STATE_FILE, find_checkpoints, find_fault, read_state
 from tests.toys import largest_file, parameters, tiny_classifier, tiny_teacher, tiny_unet
 
 

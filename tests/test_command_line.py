@@ -2,9 +2,10 @@ import re
 
 import pytest
 
-from diffusers_rcfd.cfd_config import CFDDistillationConfig
-from diffusers_rcfd.command_line import parse_options
-from diffusers_rcfd.configs import DataConfig, DiffusionConfig
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.trainers.config import DiffusionConfig
+from diffusers_rcfd.trainers.ladder_config import CFDDistillationConfig
 
 
 def parse(*args, recipes=None, default_recipe=None):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusers_rcfd import Evaluator, load_image_data
-from diffusers_rcfd.comparison import (
+from diffusers_rcfd.evaluation.comparison import (
     Contender,
     compare,
     markdown_table,

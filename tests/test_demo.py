@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 from diffusers_rcfd import RCFDPipeline
-from diffusers_rcfd.image_sampling import initial_noise
+from diffusers_rcfd.evaluation.sampling import initial_noise
 from tests.fake_hub import FakeHub
 from tests.toys import tiny_sfd_student, tiny_teacher
 

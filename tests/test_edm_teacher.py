@@ -15,8 +15,8 @@ from diffusers_rcfd import (
     SFDDistillationTrainer,
     load_image_data,
 )
-from diffusers_rcfd.edm_teacher import edm_sigmas, from_edm
-from diffusers_rcfd.stock_samplers import StockSamplerPipeline
+from diffusers_rcfd.models.edm import edm_sigmas, from_edm
+from diffusers_rcfd.pipelines.stock_samplers import StockSamplerPipeline
 from tests.toys import parameters, tiny_unet
 
 

@@ -19,7 +19,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusers_rcfd import EvaluationResult, Evaluator, FeatureClassifier, RCFDPipeline, RCFDScheduler
-from diffusers_rcfd.distribution_metrics import (
+from diffusers_rcfd.evaluation.inception import INCEPTION_FILE, InceptionExtractor
+from diffusers_rcfd.evaluation.metrics import (
     bootstrap_interval,
     fd_with_influence,
     frechet_and_gradient,
@@ -27,8 +28,7 @@ from diffusers_rcfd.distribution_metrics import (
     inception_score_with_influence,
     kid_with_blocks,
 )
-from diffusers_rcfd.image_sampling import generate_images, image_generator, initial_noise
-from diffusers_rcfd.inception import INCEPTION_FILE, InceptionExtractor
+from diffusers_rcfd.evaluation.sampling import generate_images, image_generator, initial_noise
 from tests.toys import tiny_unet
 
 SHAPE = (1, 8, 8)

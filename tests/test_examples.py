@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 
 from diffusers_rcfd import FeatureClassifier, RCFDPipeline
-from diffusers_rcfd.checkpoints import find_checkpoints
-from diffusers_rcfd.command_line import parse_options
+from diffusers_rcfd.cli.options import parse_options
+from diffusers_rcfd.trainers.checkpoints import find_checkpoints
 from tests.toys import tiny_classifier, tiny_sfd_student, tiny_teacher
 
 ROOT = Path(__file__).parent.parent

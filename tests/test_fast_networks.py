@@ -8,8 +8,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, load_image_data
-from diffusers_rcfd.fast_networks import compiled, frozen, laid_out, narrowed
-from diffusers_rcfd.losses import diversity, entropy, feature_kl
+from diffusers_rcfd.losses.features import feature_kl
+from diffusers_rcfd.losses.predictions import diversity, entropy
+from diffusers_rcfd.trainers.fast_networks import compiled, frozen, laid_out, narrowed
 from tests.toys import parameters, tiny_classifier, tiny_teacher, tiny_unet
 
 BATCH, RATE = 8, 5e-4

@@ -20,7 +20,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from diffusers_rcfd.feature_classifier import FeatureClassifier, FeatureClassifierOutput, load_feature_classifier
+from diffusers_rcfd.models.feature_classifier import (
+    FeatureClassifier,
+    FeatureClassifierOutput,
+    load_feature_classifier,
+)
 
 SMALL_RESNET = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 SMALL_DENSENET = {"growth_rate": 4, "block_config": [1, 1, 1, 1]}
@@ -462,7 +466,7 @@ def test_timm_names_load_pretrained(name, monkeypatch):
 
 
 def test_hub_repository_is_told_by_its_config(tmp_path, checkpoints, monkeypatch):
-    from diffusers_rcfd.classifier_backbones import find_source
+    from diffusers_rcfd.models.classifier_backbones import find_source
 
     small_resnet().save_pretrained(tmp_path / "ours")
     (tmp_path / "timm").mkdir()

@@ -19,9 +19,9 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from diffusers_rcfd import FeatureClassifier, RCFDPipeline, RCFDScheduler
-from diffusers_rcfd.feature_classifier import load_feature_classifier
-from diffusers_rcfd.image_data import DIGITS_PATH, load_image_data
-from diffusers_rcfd.model_card import BEGIN
+from diffusers_rcfd.data.image_data import DIGITS_PATH, load_image_data
+from diffusers_rcfd.hub.model_card import BEGIN
+from diffusers_rcfd.models.feature_classifier import load_feature_classifier
 from tests.fake_hub import ClientError, ClientProcess, FakeHub
 from tests.toys import tiny_classifier, tiny_teacher
 

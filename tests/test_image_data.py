@@ -1,4 +1,4 @@
-"""Tests of diffusers_rcfd.image_data: real files in tmp_path, no network."""
+"""Tests of diffusers_rcfd.data.image_data: real files in tmp_path, no network."""
 
 import gzip
 import pickle
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_rcfd import image_files
-from diffusers_rcfd.image_data import ImageData, StreamingImageData, load_image_data
-from diffusers_rcfd.image_tensors import flip, shift_crop, to_model_range, to_uint8
+from diffusers_rcfd.data import image_files
+from diffusers_rcfd.data.image_data import ImageData, StreamingImageData, load_image_data
+from diffusers_rcfd.data.image_tensors import flip, shift_crop, to_model_range, to_uint8
 
 LEVELS = {"cat": (10, 20, 30), "dog": (110, 120)}  # one grey level an image, by class
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_rcfd.image_sampling import initial_noise
-from diffusers_rcfd.inspection import draw_inspection, inspect_sampling
+from diffusers_rcfd.evaluation.inspection import draw_inspection, inspect_sampling
+from diffusers_rcfd.evaluation.sampling import initial_noise
 from tests.toys import tiny_classifier, tiny_sfd_student, tiny_teacher
 
 

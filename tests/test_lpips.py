@@ -5,7 +5,7 @@ import torch
 from torch_fidelity import sample_similarity_lpips
 from torchvision.models.vgg import cfgs, make_layers
 
-from diffusers_rcfd.lpips import LINEAR_FILE, LPIPS, VGG_FILE
+from diffusers_rcfd.losses.lpips import LINEAR_FILE, LPIPS, VGG_FILE
 
 
 def test_agrees_with_torch_fidelity_and_passes_gradients(tmp_path, monkeypatch):

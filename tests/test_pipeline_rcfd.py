@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
-from diffusers_rcfd.model_card import RunDescription, create_model_card, steps_described
+from diffusers_rcfd.hub.model_card import RunDescription, create_model_card, steps_described
 from tests.toys import largest_file, tiny_sfd_student, tiny_unet
 
 

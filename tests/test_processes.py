@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
-from diffusers_rcfd.checkpoints import find_checkpoints
+from diffusers_rcfd.trainers.checkpoints import find_checkpoints
 from tests.test_examples import SMALL
 
 ROOT = Path(__file__).parent.parent

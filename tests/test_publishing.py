@@ -24,9 +24,9 @@ from diffusers_rcfd import (
     SFDDistillationTrainer,
     load_image_data,
 )
-from diffusers_rcfd.cfd_config import Rung
-from diffusers_rcfd.hub import open_repository
-from diffusers_rcfd.model_card import BEGIN, END, RunDescription, create_model_card, write_model_card
+from diffusers_rcfd.distillation.rungs import Rung
+from diffusers_rcfd.hub.model_card import BEGIN, END, RunDescription, create_model_card, write_model_card
+from diffusers_rcfd.hub.publishing import open_repository
 from tests.fake_hub import ClientError, ClientProcess, FakeHub
 from tests.toys import tiny_classifier, tiny_teacher, tiny_unet
 

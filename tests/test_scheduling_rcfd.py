@@ -18,15 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_rcfd import RCFDScheduler
-from diffusers_rcfd.noise_schedules import BETA_SCHEDULES
-from diffusers_rcfd.scheduling_rcfd import (
-    PREDICTION_TYPES,
-    ddim_coefficients,
-    eps_from_x0,
-    v_from_x0,
-    x0_from_eps,
-    x0_from_v,
-)
+from diffusers_rcfd.schedulers.names import BETA_SCHEDULES, PREDICTION_TYPES
+from diffusers_rcfd.schedulers.scheduling_rcfd import ddim_coefficients, eps_from_x0, v_from_x0, x0_from_eps, x0_from_v
 from tests.toys import golden, toy_teacher
 
 

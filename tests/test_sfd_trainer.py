@@ -19,10 +19,10 @@ from diffusers_rcfd import (
     SFDDistillationTrainer,
     load_image_data,
 )
-from diffusers_rcfd.feature_terms import spatial_distance
-from diffusers_rcfd.sfd_trainer import Route
-from diffusers_rcfd.trajectories import euler_step, nearest_indices, one_step_target, rho_nodes, solve
-from diffusers_rcfd.trajectory_sampler import TrajectoryPipeline
+from diffusers_rcfd.distillation.feature_terms import spatial_distance
+from diffusers_rcfd.pipelines.trajectory_sampler import TrajectoryPipeline
+from diffusers_rcfd.schedulers.trajectories import euler_step, nearest_indices, one_step_target, rho_nodes, solve
+from diffusers_rcfd.trainers.sfd import Route
 from tests.toys import parameters, tiny_classifier, tiny_teacher
 
 

@@ -3,9 +3,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
-from diffusers_rcfd.configs import STOCK_SAMPLERS
-from diffusers_rcfd.scheduling_rcfd import eps_from_x0, v_from_x0
-from diffusers_rcfd.stock_samplers import StockSamplerPipeline
+from diffusers_rcfd.pipelines.stock_samplers import StockSamplerPipeline
+from diffusers_rcfd.schedulers.names import STOCK_SAMPLERS
+from diffusers_rcfd.schedulers.scheduling_rcfd import eps_from_x0, v_from_x0
 from tests.toys import tiny_sfd_student, tiny_teacher
 
 

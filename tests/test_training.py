@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_rcfd import DiffusionConfig, DiffusionTrainer, RCFDScheduler, load_image_data
-from diffusers_rcfd.batches import RandomBatches, derived_seed
-from diffusers_rcfd.checkpoints import find_checkpoints
-from diffusers_rcfd.image_data import StreamingImageData
-from diffusers_rcfd.interruption import ECHO_SECONDS
+from diffusers_rcfd.data.image_data import StreamingImageData
+from diffusers_rcfd.trainers.batches import RandomBatches, derived_seed
+from diffusers_rcfd.trainers.checkpoints import find_checkpoints
+from diffusers_rcfd.trainers.interruption import ECHO_SECONDS
 from tests.toys import parameters, tiny_unet
 
 

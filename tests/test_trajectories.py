@@ -5,8 +5,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from diffusers_rcfd import RCFDScheduler
-from diffusers_rcfd.targets import ddim_target
-from diffusers_rcfd.trajectories import (
+from diffusers_rcfd.distillation.targets import ddim_target
+from diffusers_rcfd.schedulers.trajectories import (
     analytical_first_step,
     dynamic_threshold,
     euler_step,

@@ -1,0 +1,1 @@
+"""What a student is to match, and by which loss."""

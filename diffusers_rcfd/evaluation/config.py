@@ -1,0 +1,34 @@
+"""How generated images are judged: the options. Free of torch."""
+
+from dataclasses import dataclass
+
+from diffusers_rcfd.validation import option, require, require_count, require_kinds
+
+METRICS = ("fd", "is", "kid", "precision", "recall")
+
+
+@dataclass
+class EvaluationConfig:
+    """How generated images are judged; the reference is a `DataConfig`."""
+
+    feature_extractor: str | None = option(
+        None, "Classifier that measures: a folder, a Hub id or a timm name. Unset: Inception, and FD is FID."
+    )
+    extractor_name: str | None = option(None, "What the classifier is called in reports; unset: its own name.")
+    inception_weights: str | None = option(None, "torch-fidelity's Inception weights; unset: where it keeps them.")
+    metrics: list[str] = option(["fd", "is"], f"Of {METRICS}; fd is FID with Inception.")
+    num_images: int = option(50_000, "Generated images.")
+    eval_batch_size: int = option(256, "Images at a time, for each process.")
+    seed: int = option(0, "Seed of the noise, and of splits, subsets and bootstrap.")
+    statistics_dir: str | None = option(None, "Cache of the reference's statistics; unset: in the Hugging Face home.")
+
+    def __post_init__(self):
+        require_kinds(self)
+        several = isinstance(self.metrics, (list, tuple)) and len(self.metrics) > 0
+        require(several, "metrics", self.metrics, f"of {METRICS}")
+        for metric in self.metrics:
+            require(metric in METRICS, "metrics", metric, f"of {METRICS}")
+        for name, least in (("num_images", 2), ("eval_batch_size", 1), ("seed", 0)):
+            require_count(name, getattr(self, name), least)
+        both = None not in (self.feature_extractor, self.inception_weights)
+        require(not both, "inception_weights", self.inception_weights, "unset with `feature_extractor`")

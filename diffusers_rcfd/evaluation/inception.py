@@ -1,0 +1,54 @@
+"""The Inception network of FID and IS, offline and without unpickling."""
+
+import io
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from diffusers_rcfd.data.image_tensors import to_uint8
+
+INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+
+
+class InceptionExtractor(torch.nn.Module):
+    """The Inception network of FID and IS, ported from TensorFlow by torch-fidelity, called like a FeatureClassifier.
+
+    It resizes as TensorFlow 1 did, which is part of the metric. Grey images are given as three equal channels.
+
+    Args:
+        weights_path (`str` or `os.PathLike`, *optional*): torch-fidelity's weight file, a state dict in PyTorch
+            format; by default where torch-fidelity itself would have put it, in the cache of `torch.hub`.
+
+    Raises:
+        FileNotFoundError: if the file is absent; nothing is downloaded.
+        ValueError: if the file holds other weights.
+    """
+
+    name = "inception-v3-compat"
+
+    def __init__(self, weights_path: str | os.PathLike | None = None):
+        super().__init__()
+        path = Path(weights_path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"No Inception weights at `inception_weights`={str(path)!r}. Fetch {INCEPTION_FILE} from "
+                f"{URL_INCEPTION_V3} and pass its path (`--inception_weights PATH`, `InceptionExtractor(PATH)`)."
+            )
+        # torch-fidelity would unpickle whatever the file holds: it is given a copy of the tensors alone.
+        tensors_only = io.BytesIO()
+        try:
+            torch.save(torch.load(path, map_location="cpu", weights_only=True), tensors_only)
+            tensors_only.seek(0)
+            self.network = FeatureExtractorInceptionV3(
+                self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=tensors_only
+            )
+        except Exception as error:
+            raise ValueError(f"`inception_weights` must hold {INCEPTION_FILE}, got {str(path)!r}: {error}") from error
+
+    def forward(self, images: torch.Tensor) -> SimpleNamespace:
+        """Images (B, 1 or 3, H, W) in [-1, 1] -> `features` (B, 2048) and `logits` without bias (B, 1008)."""
+        features, logits = self.network(to_uint8(images).expand(-1, 3, -1, -1))
+        return SimpleNamespace(features=features, logits=logits)

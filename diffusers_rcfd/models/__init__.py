@@ -1,0 +1,1 @@
+"""Networks: U-Nets, classifiers, and what is loaded into them."""

@@ -1,0 +1,1 @@
+"""The trainers, their loop and their options."""

@@ -1,0 +1,198 @@
+"""What the trainers of generators share: sample grids, evaluation while training, the best weights, collapse."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.utils.data import Dataset
+from torchvision.utils import save_image
+
+from diffusers_rcfd.evaluation.evaluator import EvaluationResult, Evaluator
+from diffusers_rcfd.hub.model_card import RunDescription, read_evaluations, write_model_card
+from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
+from diffusers_rcfd.trainers.batches import derived_seed
+from diffusers_rcfd.trainers.checkpoints import EVALUATION_FILE, write_json
+from diffusers_rcfd.trainers.config import GeneratorConfig
+from diffusers_rcfd.trainers.trainer import Stage, Trainer
+from diffusers_rcfd.validation import require
+
+COLLAPSED = 0.05  # share of the teacher's variety
+
+
+class GeneratorTrainer(Trainer):
+    """Base of the trainers whose model generates images. A trainer gives `sampler`, and what `Trainer` asks for.
+
+    Args:
+        config (`GeneratorConfig`): the options.
+        train_dataset (`torch.utils.data.Dataset`, *optional*): see `Trainer`.
+        evaluator (`Evaluator`, *optional*): measures the model every `eval_steps`; the values go to the metrics file,
+            the trackers and the model card, and the best weights by `best_metric` to `output_dir/best`.
+
+    Raises:
+        ValueError: if `eval_steps` has no evaluator, or one without `best_metric`.
+    """
+
+    def __init__(self, config: GeneratorConfig, train_dataset: Dataset | None, evaluator: Evaluator | None = None):
+        super().__init__(config, train_dataset)
+        self.evaluator, self.collapsed = evaluator, False
+        if config.eval_steps:
+            if evaluator is None:
+                raise ValueError(f"`eval_steps` must be 0 without an `evaluator`, got {config.eval_steps}.")
+            if config.best_metric not in evaluator.metrics:
+                raise ValueError(
+                    f"`best_metric` must be one that the evaluator measures, {evaluator.metrics}, got "
+                    f"{config.best_metric!r}."
+                )
+
+    def sampler(self) -> tuple[RCFDPipeline, int | None]:
+        """The model under training as a pipeline, and the steps to sample it in (`None` for its own number)."""
+        raise NotImplementedError
+
+    def sample_images(self, stage: Stage) -> torch.Tensor:
+        """Samples from noise that is the same at every call."""
+        pipeline, num_inference_steps = self.sampler()
+        return sample_grid(pipeline, self.config, num_inference_steps)
+
+    def evaluate_model(self, stage: Stage) -> None:
+        """Measure the model under training, record the values, and keep the weights if they are the best so far."""
+        pipeline, num_inference_steps = self.sampler()
+        images = self.config.eval_num_images
+        result = self.evaluator.evaluate_pipeline(pipeline, images, num_inference_steps, progress=False)
+        self.write_metrics({"stage": stage.name, "step": self.state.step, **result.named_values})
+        score = result.score(self.config.best_metric)
+        is_best = self.state.best is None or score > self.state.best
+        if is_best:
+            self.state.best = score
+        if self.accelerator.is_main_process:
+            if is_best:
+                pipeline.save_pretrained(self._best_folder(stage))
+            if is_best or not self.config.load_best_model_at_end:
+                self.record_evaluation(pipeline.scheduler.num_inference_steps, result)
+        self.accelerator.wait_for_everyone()
+
+    def _prepare(self, stage: Stage, checkpoint: Path | None):
+        if self.config.gradient_checkpointing:
+            stage.model.enable_gradient_checkpointing()
+        return super()._prepare(stage, checkpoint)
+
+    def choose_weights(self, stage: Stage) -> None:
+        """Put the best weights into the model of a stage that is done, where that is asked for."""
+        stage.model.disable_gradient_checkpointing()
+        if self.config.load_best_model_at_end:
+            best = RCFDPipeline.from_pretrained(str(self._best_folder(stage)))
+            stage.model.load_state_dict(best.unet.state_dict())
+
+    def record_evaluation(self, num_inference_steps: int, result: EvaluationResult) -> None:
+        """Note a result in `evaluation.json`, where the model cards find it."""
+        path = self.output_dir / EVALUATION_FILE
+        write_json(path, read_evaluations(path) | {num_inference_steps: result.to_dict()})
+
+    def write_metrics(self, values: dict[str, Any]) -> None:
+        """As `Trainer` does; with "collapsed" where `spread` is measured: 1 for a small share of the teacher's."""
+        if "feature_variance_ratio" in values:
+            smallest = min(values["feature_variance_ratio"], values["class_entropy_ratio"])
+            if smallest < COLLAPSED and not self.collapsed:
+                warnings.warn(
+                    f"The student of {values['stage']} has collapsed by step {values['step']}: it shows "
+                    f"{smallest:.2g} of its teacher's variety (metrics feature_variance_ratio, class_entropy_ratio).",
+                    stacklevel=2,
+                )
+            self.collapsed = self.collapsed or smallest < COLLAPSED
+            values = values | {"collapsed": int(smallest < COLLAPSED)}
+        super().write_metrics(values)
+
+    def _write_card(
+        self, pipeline: RCFDPipeline, folder: Path, existing: str | None, num_inference_steps=None, **known
+    ) -> None:
+        """Write the card of a model in `folder`, with a grid of its samples; `known` goes to `RunDescription`."""
+        config = self.config
+        images = sample_grid(pipeline.to(self.accelerator.device), config, num_inference_steps)
+        save_image(images, folder / "samples.png", nrow=8, padding=1)
+        batch_size = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        run = RunDescription(
+            repo_id=self.repo_id or folder.name,
+            train_batch_size=batch_size,
+            learning_rate=config.learning_rate,
+            training_seconds=self.state.seconds,
+            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
+            num_classes=pipeline.num_classes,
+            prediction_type=pipeline.scheduler.config.prediction_type,
+            data_std=pipeline.scheduler.config.data_std,
+            **known,
+        )
+        write_model_card(folder, run, existing)
+
+    def _judge(self, evaluator: Evaluator | None) -> Evaluator:
+        """The evaluator given, else the trainer's own; a `ValueError` without any."""
+        judge = evaluator or self.evaluator
+        require(judge is not None, "evaluator", None, "given, here or to the trainer")
+        return judge
+
+    def _best_folder(self, stage: Stage) -> Path:
+        return self.output_dir / "best" / stage.name
+
+
+def data_name(dataset: Dataset) -> str | None:
+    """The name that a data set was loaded by, where it has one."""
+    return getattr(dataset, "name", "").split(" [")[0] or None
+
+
+def conditioning(pipeline: RCFDPipeline, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The class labels of a batch (B,), for a class-conditional model; else None."""
+    return batch["labels"] if pipeline.num_classes is not None else None
+
+
+def sample_grid(pipeline: RCFDPipeline, config, num_inference_steps: int | None = None) -> torch.Tensor:
+    """Images (B, C, H, W) in [0, 1] of `config.num_sample_images`, from noise fixed by the seed."""
+    pipeline.set_progress_bar_config(disable=True)
+    num_classes = pipeline.num_classes
+    labels = None if num_classes is None else [i % num_classes for i in range(config.num_sample_images)]
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, 0))
+    latents = torch.randn((config.num_sample_images, *pipeline.image_shape), generator=generator)
+    return pipeline(
+        batch_size=config.num_sample_images,
+        num_inference_steps=num_inference_steps,
+        latents=latents,
+        class_labels=labels,
+        output_type="pt",
+    ).images
+
+
+def as_pipeline(teacher: DiffusionPipeline) -> RCFDPipeline:
+    """A teacher as an `RCFDPipeline`: itself, or its network and scheduler, with its name.
+
+    Raises:
+        TypeError: if it is no pipeline with a `unet` and a `scheduler`.
+        ValueError: if its weights, from which the student starts, are narrower than float32.
+    """
+    if not isinstance(teacher, DiffusionPipeline) or not {"unet", "scheduler"} <= teacher.components.keys():
+        raise TypeError(f"`teacher` must be a pipeline with a unet and a scheduler, got {type(teacher).__name__}.")
+    dtype = teacher.unet.dtype
+    wide = dtype in (torch.float32, torch.float64)
+    require(wide, "teacher", dtype, "in float32, as loaded without `dtype`: `mixed_precision` narrows its passes")
+    if isinstance(teacher, RCFDPipeline):
+        return teacher
+    pipeline = RCFDPipeline(teacher.unet, teacher.scheduler)
+    pipeline.register_to_config(_name_or_path=teacher.name_or_path)
+    return pipeline
+
+
+def check_images_fit(pipeline: RCFDPipeline, dataset: Dataset) -> None:
+    """Raise a `ValueError` if the images or labels of a data set do not suit the network of a pipeline."""
+    shape, num_classes = getattr(dataset, "image_shape", None), getattr(dataset, "num_classes", None)
+    if shape is None:
+        first = next(iter(dataset))
+        shape, num_classes = tuple(first["images"].shape), None
+    if tuple(shape) != pipeline.image_shape:
+        raise ValueError(
+            f"`train_dataset` must hold images of shape (C, H, W) = {pipeline.image_shape}, as the network does, "
+            f"got {tuple(shape)}: set `resolution` and `channels`."
+        )
+    wanted = pipeline.num_classes
+    if wanted is not None and (num_classes is None or num_classes > wanted):
+        raise ValueError(
+            f"`train_dataset` must have class labels in 0..{wanted - 1} for `num_class_embeds`={wanted}, "
+            f"got {num_classes or 'no'} classes."
+        )

@@ -1,0 +1,453 @@
+"""The loop that every trainer shares, on Accelerate: batches, steps, metrics, samples, checkpoints and resume.
+
+Everything random in a step is a function of (seed, stage, step): the order of the images, the noise, the noise
+levels and the dropout. A resumed run therefore repeats the run that was never stopped, and p processes with batches
+of B / p draw what one process with batches of B draws.
+"""
+
+import copy
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from torch.utils.data import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from diffusers_rcfd.hub.publishing import open_repository, publish_folder, read_card
+from diffusers_rcfd.trainers.batches import derived_seed, endless_batches
+from diffusers_rcfd.trainers.checkpoints import (
+    METRICS_FILE,
+    TrainerState,
+    load_checkpoint,
+    open_output_dir,
+    read_state,
+    save_checkpoint,
+    whole,
+    window_of,
+    write_json,
+)
+from diffusers_rcfd.trainers.config import TrainingConfig
+from diffusers_rcfd.trainers.fast_networks import compiled, laid_out
+from diffusers_rcfd.trainers.interruption import Interruption, host_group, largest_of_all
+from diffusers_rcfd.trainers.optimization import (
+    average_step,
+    backward,
+    begin_momentum,
+    build_optimizer,
+    clip_gradients,
+)
+from diffusers_rcfd.trainers.skipped_steps import SkippedSteps, means_of_taken
+
+
+@dataclass
+class Stage:
+    """One model, trained from its first step to its last: the only stage of most trainers, a rung of a ladder."""
+
+    name: str
+    index: int
+    model: torch.nn.Module
+    max_train_steps: int
+
+
+class Trainer:
+    """Base of the trainers. A trainer gives `stages`, `draw` and `compute_loss`, and may extend `made_by`,
+    `num_optimizer_steps`, `prepare_step`, `finish_stage` and `sample_images`; `train` does the rest.
+
+    Args:
+        config (`TrainingConfig`): the options.
+        train_dataset (`torch.utils.data.Dataset`, *optional*): items `{"images": uint8 or [-1, 1] float (C, H, W),
+            "labels"}`, such as `load_image_data` returns; None where `draw` gives all that the loss needs.
+    """
+
+    def __init__(self, config: TrainingConfig, train_dataset: Dataset | None):
+        self.config, self.train_dataset = config, train_dataset
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            # One step of the learning-rate schedule for each optimizer step, on any number of processes.
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
+        self.state = TrainerState()
+        self.model = None  # of the stage under way, prepared by Accelerate
+        self.ema = None
+        self.repo_id = None
+        self.checkpoint = None  # the last one written, or resumed from
+        for name in ("sample_steps", "eval_steps"):
+            if self.accelerator.is_fsdp2 and getattr(config, name) > 0:
+                raise ValueError(
+                    f"`{name}` must be 0 with FSDP, where no process has all the weights, got {getattr(config, name)}."
+                )
+        together = config.train_batch_size * self.accelerator.num_processes
+        counted = train_dataset is not None and not isinstance(train_dataset, IterableDataset)
+        if counted and len(train_dataset) < together:
+            raise ValueError(
+                f"`train_batch_size` must be at most the {len(train_dataset)} images of the data set over the "
+                f"{self.accelerator.num_processes} process(es), got {config.train_batch_size}."
+            )
+
+    # --- what a trainer gives -----------------------------------------------------------------------------------
+
+    def stages(self, first: int) -> Iterator[Stage]:
+        """The models to train, one after another, from stage `first` on."""
+        raise NotImplementedError
+
+    def made_by(self) -> dict[str, Any]:
+        """What a checkpoint must have been made by for this trainer to go on from it, by name."""
+        accelerator, made_by = self.accelerator, {"trainer": type(self).__name__}
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded:
+            made_by["engine"] = accelerator.distributed_type.value
+        if sharded or isinstance(self.train_dataset, IterableDataset):
+            made_by["num_processes"] = accelerator.num_processes
+        return made_by
+
+    def num_optimizer_steps(self, batch: dict[str, torch.Tensor]) -> int:
+        """How many optimizer steps the batches of a step give, one after another; the same for each of them."""
+        return 1
+
+    def prepare_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Look at all batches of an optimizer step, before `compute_loss` sees one after another."""
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The random numbers that `compute_loss` needs for a batch, each (batch_size, ...), by name."""
+        raise NotImplementedError
+
+    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named scalar terms of the loss, among them "loss", of `batch`: images (B, C, H, W), labels and draws."""
+        raise NotImplementedError
+
+    def finish_stage(self, stage: Stage) -> None:
+        """Save the result of a stage; its model holds the final (averaged) weights."""
+
+    def evaluate_model(self, stage: Stage) -> None:
+        """Measure the model under training, which holds its averaged weights; called every `eval_steps`."""
+
+    def choose_weights(self, stage: Stage) -> None:
+        """Put other weights than the last ones into the model of a stage that is done."""
+
+    def sample_images(self, stage: Stage) -> torch.Tensor | None:
+        """Images (B, C, H, W) in [0, 1] from fixed noise for the sample grid, or None."""
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train every stage, from the beginning or from a checkpoint.
+
+        Raises:
+            ValueError: if `output_dir` is not empty and neither resumed from nor overwritten, or a checkpoint is
+                damaged or of another run; also where the data set raises one.
+            FileNotFoundError: if `resume_from_checkpoint` names no checkpoint.
+            FloatingPointError: if loss or gradient were not finite for `max_skipped_steps` in a row.
+            RuntimeError: if the data set fails; a checkpoint is saved first.
+            OSError: if a checkpoint or a result cannot be written; the checkpoints before are whole.
+            SystemExit: with 128 + 15 or 128 + 2, after SIGTERM or SIGINT; a checkpoint is saved first.
+        """
+        checkpoint = self.checkpoint = open_output_dir(self.accelerator, self.config, self.made_by())
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            self.open_repository()  # a wrong token is found now, not after days
+        if checkpoint is not None:
+            self.state = read_state(checkpoint)
+        self._record_run()
+        began = time.perf_counter() - self.state.seconds
+        self._seconds = lambda: time.perf_counter() - began
+        self._host_group = host_group(self.accelerator)
+        with Interruption() as self._interruption:
+            for stage in self.stages(self.state.stage):
+                self._run_stage(stage, checkpoint)
+                checkpoint = None
+            if self._interruption.signal:
+                raise SystemExit(128 + self._interruption.signal)
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            self.push_to_hub()
+        for tracker in self.accelerator.trackers:  # not `end_training`, after which no other trainer could follow
+            tracker.finish()
+
+    def _run_stage(self, stage: Stage, checkpoint: Path | None) -> None:
+        config, accelerator, state = self.config, self.accelerator, self.state
+        optimizer, lr_scheduler = self._prepare(stage, checkpoint)
+        batches = endless_batches(accelerator, self.train_dataset, config, state)
+        bar = tqdm(
+            total=stage.max_train_steps,
+            initial=state.step,
+            desc=stage.name,
+            unit="step",
+            **({} if accelerator.is_local_main_process else {"disable": True}),  # TQDM_DISABLE has its say
+        )
+        skipped = SkippedSteps(config.max_skipped_steps, accelerator.scaler)
+        window = window_of(state, accelerator.process_index, accelerator.num_processes)
+        sums = {name: torch.tensor(value, device=accelerator.device) for name, value in window.items()}
+        while state.step < stage.max_train_steps:
+            step_batches = self._next_step(stage, batches, sums)
+            for terms in self._train_step(step_batches, optimizer, lr_scheduler):
+                sums = skipped.add(terms, sums)
+            state.step += 1
+            state.global_step += 1
+            bar.update()
+
+            last = state.step == stage.max_train_steps
+            logging = state.step % config.logging_steps == 0 or last
+            if logging or accelerator.device.type == "cpu":
+                skipped.check(f"step {state.step} of {stage.name}", self.checkpoint)
+            if logging:
+                sums = self._log(stage, means_of_taken(sums), lr_scheduler.get_last_lr()[0], bar)
+            if config.eval_steps and (state.step % config.eval_steps == 0 or last):
+                with self._averaged_weights():
+                    self.evaluate_model(stage)
+            if config.sample_steps and (state.step % config.sample_steps == 0 or last):
+                self._save_samples(stage)
+            if config.checkpointing_steps and state.step % config.checkpointing_steps == 0 and not last:
+                self._save_checkpoint(sums)
+        bar.close()
+        self._end_stage(stage)
+
+    def _prepare(self, stage: Stage, checkpoint: Path | None):
+        """Give the stage's model to Accelerate with its optimizer, and put back what a checkpoint holds."""
+        config, accelerator = self.config, self.accelerator
+        laid_out(config, stage.model.to(accelerator.device)).train()
+        parameters = [parameter for parameter in stage.model.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(config, parameters)
+        lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
+                                     num_training_steps=stage.max_train_steps,
+                                     step_rules=f"1:{max(1, stage.max_train_steps // 2)},0.1")  # fmt: skip
+        self._whole_model = copy.deepcopy(stage.model).cpu() if accelerator.is_fsdp2 else None
+        self.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
+        self.model = compiled(config, self.model)
+        begin_momentum(optimizer)
+        self.ema = None
+        if config.ema_decay:
+            foreach = not accelerator.is_fsdp2  # whose parameters `copy_to` then copies one by one
+            self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=foreach)
+        if checkpoint is not None and self.state.step:
+            load_checkpoint(accelerator, checkpoint, self.state, optimizer, self.ema)
+        return optimizer, lr_scheduler
+
+    def _next_step(self, stage: Stage, batches: Iterator[dict], sums: dict) -> list[dict[str, torch.Tensor]]:
+        """The batches of the next optimizer step with their draws. Here, between two steps, all processes leave
+        together when one is to: a checkpoint is saved, then the data's error or `SystemExit` is raised.
+        """
+        state, config, fetched, error = self.state, self.config, [], None
+        streams = copy.deepcopy(state.streams)
+        try:
+            for _ in range(config.gradient_accumulation_steps):
+                fetched.append(next(batches))
+        except Exception as trouble:  # whatever a data set or a worker of its loader may raise
+            error = trouble
+        if config.dataloader_num_workers:
+            self._interruption.notice_dead_workers_late()
+        number = largest_of_all(self._interruption.signal or int(error is not None), self._host_group)
+        if number == 0:
+            return [batch | draws for batch, draws in zip(fetched, self._draws(stage), strict=True)]
+        state.streams = streams
+        if self.checkpoint != self.output_dir / f"checkpoint-{state.global_step}":
+            self._save_checkpoint(sums)
+        if number > 1:
+            raise SystemExit(128 + number)
+        name = getattr(self.train_dataset, "name", type(self.train_dataset).__name__)
+        reason = "in another process" if error is None else f"{type(error).__name__}: {error}"
+        raise (ValueError if isinstance(error, ValueError) else RuntimeError)(
+            f"`train_dataset` {name} failed after step {state.step} of {stage.name}: {reason} The run is saved in "
+            f"{self.checkpoint} and goes on with `resume_from_checkpoint='latest'`."
+        ) from error
+
+    def _train_step(self, batches: list[dict], optimizer, lr_scheduler) -> list[dict[str, torch.Tensor]]:
+        """One step of the loop: of each of its optimizer steps what `_optimizer_step` gives."""
+        steps = [self._optimizer_step(batches, optimizer) for _ in range(self.num_optimizer_steps(batches[0]))]
+        lr_scheduler.step()
+        if self.ema is not None:
+            taken = torch.stack([terms["grad_norm"].isfinite() for terms in steps]).any()
+            average_step(self.ema, list(self._unwrapped().parameters()), taken)
+        return steps
+
+    def _optimizer_step(self, batches: list[dict], optimizer) -> dict[str, torch.Tensor]:
+        """One optimizer step; its loss terms, means over the batches, and "grad_norm".
+
+        Where loss or gradient are not finite on any process, weights, averages and optimizer stay as they are.
+        """
+        config, accelerator, means = self.config, self.accelerator, {}
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of batch norm
+        before = [buffer.clone() for buffer in statistics]
+        self.prepare_step(batches)
+        for batch in batches:
+            with accelerator.accumulate(self.model):
+                terms = self.compute_loss(batch)
+                backward(accelerator, terms["loss"])
+                if accelerator.sync_gradients:
+                    norm = clip_gradients(accelerator, self.model, optimizer, config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, term in terms.items():
+                means[name] = means.get(name, 0) + term.detach().float() / config.gradient_accumulation_steps
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(norm.isfinite(), buffer, value))
+        return means | {"grad_norm": norm.float()}
+
+    def _draws(self, stage: Stage) -> list[dict[str, torch.Tensor]]:
+        """The random numbers of one optimizer step: this process's share, one dictionary for each batch."""
+        config, accelerator = self.config, self.accelerator
+        seed = derived_seed(config.seed, stage.index, self.state.step)
+        torch.manual_seed(derived_seed(seed, accelerator.process_index))  # dropout
+        generator = torch.Generator(accelerator.device).manual_seed(seed)
+        shares = accelerator.num_processes * config.gradient_accumulation_steps
+        draws = self.draw(config.train_batch_size * shares, generator)
+        draws = {name: value.chunk(shares) for name, value in draws.items()}
+        mine = range(accelerator.process_index, shares, accelerator.num_processes)
+        return [{name: value[i] for name, value in draws.items()} for i in mine]
+
+    # --- records ------------------------------------------------------------------------------------------------
+
+    def _log(self, stage: Stage, means: dict, learning_rate: float, bar: tqdm) -> dict:
+        """Write the means since the last line to the metrics file, the trackers and the progress bar; no sums yet."""
+        means = {name: value.item() for name, value in self.accelerator.reduce(means, reduction="mean").items()}
+        self.write_metrics({"stage": stage.name, "step": self.state.step, **means, "learning_rate": learning_rate})
+        bar.set_postfix(loss=f"{means['loss']:.4g}")
+        return {}
+
+    def write_metrics(self, values: dict[str, Any]) -> None:
+        """One line of the metrics file, with the global step, and the same numbers to the trackers."""
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"global_step": self.state.global_step} | values) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=self.state.global_step)
+
+    def _save_samples(self, stage: Stage) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self._averaged_weights():
+            images = self.sample_images(stage)
+        if images is not None:
+            from torchvision.utils import save_image
+
+            folder = self.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{stage.name}-{self.state.step:07d}.png"
+            save_image(images, path, nrow=max(1, int(len(images) ** 0.5)), padding=1)
+
+    def _record_run(self) -> None:
+        """The resolved options and the environment, as `run.json` and for the trackers."""
+        packages = ("torch", "diffusers", "accelerate", "transformers", "datasets", "timm")
+        record = {
+            "config": {key: value for key, value in asdict(self.config).items() if key != "hub_token"},
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device.type),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in packages},
+        }
+        if self.accelerator.is_main_process:
+            write_json(self.output_dir / "run.json", record)
+        simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in record["config"].items()}
+        if self.config.report_to != "none":
+            self.accelerator.init_trackers("diffusers_rcfd", config=simple)
+
+    # --- the Hub ------------------------------------------------------------------------------------------------
+
+    def published_folders(self) -> list[tuple[Path, str | None]]:
+        """What `push_to_hub` publishes: folders, each with the branch it goes to (`None` is `main`)."""
+        return [(self.output_dir, None)]
+
+    def create_model_card(self, folder: Path, existing: str | None = None) -> None:
+        """Write `README.md` into a folder that is to be published, keeping a person's part of an existing card."""
+
+    def open_repository(self, repo_id: str | None = None) -> str:
+        """Check the access to the repository, and create it if it is missing; see `hub.open_repository`."""
+        name = repo_id or self.config.hub_model_id or self.output_dir.resolve().name
+        self.repo_id = open_repository(name, self.config.hub_token, self.config.hub_private_repo or None)
+        return self.repo_id
+
+    def push_to_hub(self, repo_id: str | None = None, commit_message: str = "End of training") -> str:
+        """Publish the model, and each student of a ladder as a branch of its own, with their cards.
+
+        Args:
+            repo_id (`str`, *optional*): repository; `hub_model_id` of the config by default.
+            commit_message (`str`, defaults to `"End of training"`): title of the commits.
+
+        Returns:
+            `str`: address of the last commit.
+
+        Raises:
+            ValueError: if the repository cannot be written.
+            ConnectionError: if an upload fails; that revision is then as it was before.
+        """
+        if repo_id is not None or self.repo_id is None:
+            self.open_repository(repo_id)
+        token, address = self.config.hub_token, None
+        for folder, revision in self.published_folders():
+            self.create_model_card(folder, read_card(self.repo_id, token, revision))
+            address = publish_folder(folder, self.repo_id, revision, token, commit_message)
+        return address
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _end_stage(self, stage: Stage) -> None:
+        """Keep the final weights, hand them to `finish_stage` and note in a checkpoint that the stage is done."""
+        if self.ema is not None:
+            self.ema.copy_to(self._unwrapped().parameters())
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        if self._whole_model is not None:
+            self._whole_model.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            model = self._whole_model.to(self.accelerator.device)
+        stage.model = model.eval().to(memory_format=torch.contiguous_format)
+        self.accelerator.free_memory()
+        self.model = stage.model
+        self.choose_weights(stage)
+        self.state.seconds = self._seconds()
+        if self.accelerator.is_main_process:
+            try:
+                self.finish_stage(stage)
+            except (OSError, SafetensorError) as error:  # a full disk
+                raise OSError(
+                    f"{stage.name} could not be saved in {self.output_dir}; its checkpoints are whole: {error}"
+                ) from error
+            if self.config.push_to_hub and self.config.hub_strategy != "end":
+                self.push_to_hub()
+        self.accelerator.wait_for_everyone()
+        self.state.stage, self.state.step, self.state.best, self.state.streams = stage.index + 1, 0, None, []
+        self._save_checkpoint({})  # small: that the stage is done
+
+    def _save_checkpoint(self, sums: dict[str, torch.Tensor]) -> None:
+        """Save where the run stands, with the sums of the loss terms since the last line of metrics."""
+        self.state.seconds = self._seconds()
+        self.state.windows = [{name: value.item() for name, value in sums.items()}] * self.accelerator.num_processes
+        self.checkpoint = save_checkpoint(self.accelerator, self.state, self.ema, self.config, self.made_by())
+        if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
+            publish_folder(self.checkpoint, self.repo_id, "checkpoint", self.config.hub_token, self.checkpoint.name)
+        self.accelerator.wait_for_everyone()
+
+    def _unwrapped(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @contextmanager
+    def _averaged_weights(self):
+        """The model in eval mode with its averaged weights, where an average is kept, laid out as files want it."""
+        model = self._unwrapped().eval().to(memory_format=torch.contiguous_format)
+        if self.ema is not None:
+            self.ema.store(model.parameters())
+            self.ema.copy_to(model.parameters())
+        yield model
+        if self.ema is not None:
+            self.ema.restore(model.parameters())
+        laid_out(self.config, model).train()
