@@ -14,9 +14,11 @@ from diffusers import (
 )
 
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, RCFDPipeline, load_image_data, losses
-from diffusers_rcfd.distillation.feature_terms import spread
-from diffusers_rcfd.distillation.targets import ddim_target
+from diffusers_rcfd.distillation.ladder import ddim_target
+from diffusers_rcfd.distillation.terms import spread
+from diffusers_rcfd.models.denoiser import NETWORK_CALLS, Denoiser
 from diffusers_rcfd.models.feature_classifier import FeatureClassifierOutput
+from diffusers_rcfd.trainers.distillation import Guides
 from tests.toys import golden, parameters, tiny_classifier, tiny_teacher, tiny_unet, toy_student, toy_teacher
 
 
@@ -44,48 +46,60 @@ def trainer(folder, digits, teacher=None, classifier=None, student=None, **optio
     return CFDDistillationTrainer(teacher or tiny_teacher(), classifier, config, digits, student)
 
 
-def batch_of(run, size=8, seed=0, **extra):
+def begin(run):
+    """The first rung at its start."""
+    return run.begin_rung(0, run.teacher, run.freeze_guides())
+
+
+def batch_of(run, stage, size=8, seed=0, **extra):
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand((size, 1, 8, 8), generator=generator) * 2 - 1
-    return {"images": images} | run.draw(size, generator) | extra
+    return {"images": images} | run.draw(stage, size, generator) | extra
 
 
-def begin(run):
-    """The trainer at the start of its first rung, with its student in place."""
-    run.model = next(run.stages(0)).model
-    return run
+def terms_of(run, stage, batch):
+    """The loss of a batch, which has one pair."""
+    (pair,) = run.pairs(stage, batch)
+    return run.compute_loss(stage, pair)
 
 
 class Toy(torch.nn.Module):
-    """A closed-form network that behaves like a UNet2DModel with one scale as its weight."""
+    """A closed-form network with one scale as its weight: another kind of network is one row."""
+
+    config = tiny_unet().config
 
     def __init__(self, network):
         super().__init__()
         self.network, self.scale = network, torch.nn.Parameter(torch.ones(()))
 
-    def forward(self, z, t, class_labels=None):
-        return type("Output", (), {"sample": self.scale * self.network(z, t)})
+    def forward(self, z, t):
+        return self.scale * self.network(z, t)
+
+
+@pytest.fixture
+def toy_networks(monkeypatch):
+    monkeypatch.setitem(NETWORK_CALLS, Toy, lambda network, z, t, labels: network(z, t))
 
 
 @pytest.mark.parametrize("objective", ["pd", "rcfd"])
 @pytest.mark.parametrize("N", [512, 4, 2, 1])
-def test_golden_loss_through_the_trainer(N, objective, tmp_path, digits):
+def test_golden_loss_through_the_trainer(N, objective, tmp_path, digits, toy_networks):
     """From clean images, noise and steps to loss and gradient, with the golden networks in place of U-Nets."""
     data = golden("distillation")
     run = trainer(tmp_path, digits, classifier=tiny_classifier(), student_steps=[N], objective=[objective],
                   temperature=[0.85], regularization_weight=[0.003], entropy_ratio=[0.5])  # fmt: skip
-    begin(run)
-    run.teacher.unet.forward = lambda z, t, labels: Toy(toy_teacher)(z, t)
-    run.model = Toy(toy_student)
+    stage = begin(run)
+    stage.teacher = Denoiser(Toy(toy_teacher), stage.scheduler)
+    stage.model = Toy(toy_student)
 
     def classify(x):
         features = torch.relu(x.flatten(1) @ data["W"].T)
         return type("Output", (), {"features": features, "logits": features @ data["V"].T})
 
-    run.classifier = classify
+    stage.guides = Guides(classify, None)
     batch = {"images": data["x0"], "noise": data[f"N{N}_noise"], "k": data[f"N{N}_t"] * N // 1024,
              "flip": torch.zeros(6, dtype=torch.bool)}  # fmt: skip
-    terms = run.compute_loss(batch)
+    terms = terms_of(run, stage, batch)
     terms["loss"].backward()
     # At N = 512 the golden target carries 1.3e-4 of its own rounding (see test_targets).
     tolerance = 2e-3 if N == 512 else 1e-5
@@ -93,10 +107,10 @@ def test_golden_loss_through_the_trainer(N, objective, tmp_path, digits):
         expected = {"loss": data[f"N{N}_pd_both"]}, data[f"N{N}_pd_both_grad"]
     else:
         *values, gradient = data[f"N{N}_rcfd_tau0.85_beta0.003_gamma0.5"]
-        expected = dict(zip(("loss", "cfd", "entropy", "diversity"), values, strict=True)), gradient
+        expected = dict(zip(("loss", "feature_kl", "entropy", "diversity"), values, strict=True)), gradient
     for name, value in expected[0].items():
         assert terms[name].item() == pytest.approx(value.item(), rel=tolerance)
-    assert run.model.scale.grad.item() == pytest.approx(expected[1].item(), rel=tolerance)
+    assert stage.model.scale.grad.item() == pytest.approx(expected[1].item(), rel=tolerance)
 
 
 def test_ladder_saves_every_rung_and_returns_the_last(tmp_path, digits, classifier):
@@ -114,7 +128,7 @@ def test_ladder_saves_every_rung_and_returns_the_last(tmp_path, digits, classifi
     assert [(line["stage"], line["step"]) for line in lines] == [
         ("4-step", 1), ("4-step", 2), ("2-step", 1), ("2-step", 2), ("1-step", 1), ("1-step", 2)
     ]  # fmt: skip
-    assert {"loss", "cfd", "entropy", "diversity"} <= lines[-1].keys() and "cfd" not in lines[0]
+    assert {"loss", "feature_kl", "entropy", "diversity"} <= lines[-1].keys() and "feature_kl" not in lines[0]
     assert lines[0]["learning_rate"] == lines[2]["learning_rate"] > 0  # the schedule begins anew
     assert len(list((tmp_path / "samples").iterdir())) == 3
 
@@ -123,8 +137,7 @@ def test_each_student_starts_from_its_teacher_and_leaves_it_alone(tmp_path, digi
     teacher = tiny_teacher()
     before = parameters(teacher.unet).clone()
     run = trainer(tmp_path, digits, teacher, objective=["pd"])
-    stages = run.stages(0)
-    first = next(stages)
+    first = begin(run)
     assert torch.equal(parameters(first.model), before) and first.model is not teacher.unet
     assert all(parameter.requires_grad for parameter in first.model.parameters())
     run.train()
@@ -133,11 +146,12 @@ def test_each_student_starts_from_its_teacher_and_leaves_it_alone(tmp_path, digi
 
 
 def test_students_have_no_dropout(tmp_path, digits):
-    run = begin(trainer(tmp_path, digits, tiny_teacher(dropout=0.5), objective=["pd"]))
-    run.model.train()
-    batch = batch_of(run)
-    assert run.compute_loss(batch)["loss"] == run.compute_loss(batch)["loss"]
-    assert run.model.config.dropout == 0 and run.teacher.unet.config.dropout == 0.5
+    run = trainer(tmp_path, digits, tiny_teacher(dropout=0.5), objective=["pd"])
+    stage = begin(run)
+    stage.model.train()
+    batch = batch_of(run, stage)
+    assert terms_of(run, stage, batch)["loss"] == terms_of(run, stage, batch)["loss"]
+    assert stage.model.config.dropout == 0 and run.teacher.unet.config.dropout == 0.5
 
 
 @pytest.mark.parametrize("stop", [1, 3])
@@ -147,10 +161,10 @@ def test_resume_inside_a_rung_is_bit_identical(tmp_path, digits, classifier, sto
     run = trainer(tmp_path / "resumed", digits, classifier=classifier)
     compute_loss = run.compute_loss
 
-    def interrupt(batch):
+    def interrupt(stage, pair):
         if run.state.global_step == stop:
             raise KeyboardInterrupt
-        return compute_loss(batch)
+        return compute_loss(stage, pair)
 
     run.compute_loss = interrupt
     with pytest.raises(KeyboardInterrupt):
@@ -169,31 +183,33 @@ def test_training_lowers_the_loss_for_each_prediction_type(tmp_path, digits, cla
     """A student that begins elsewhere, on noise levels where eps still says something of x0."""
     teacher = tiny_teacher(prediction_type=prediction_type, beta_schedule="linear")
     torch.manual_seed(5)
-    run = begin(trainer(tmp_path, digits, teacher, classifier, tiny_unet(), student_steps=[4], objective=[objective],
-                        temperature=[1.0], regularization_weight=[1e-6]))  # fmt: skip
-    batch = batch_of(run)
+    run = trainer(tmp_path, digits, teacher, classifier, tiny_unet(), student_steps=[4], objective=[objective],
+                  temperature=[1.0], regularization_weight=[1e-6])  # fmt: skip
+    stage = begin(run)
+    batch = batch_of(run, stage)
     batch["k"] = batch["k"].clamp(max=2)
-    optimizer = torch.optim.Adam(run.model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(stage.model.parameters(), 3e-3)
     values = []
     for _ in range(30):
-        loss = run.compute_loss(batch)["loss"]
+        loss = terms_of(run, stage, batch)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         values.append(loss.item())
     assert values[-1] < 0.7 * values[0]
-    assert run.scheduler.config.prediction_type == prediction_type
+    assert stage.scheduler.config.prediction_type == prediction_type
 
 
 def test_skipped_rungs_use_more_teacher_steps(tmp_path, digits):
-    run = begin(trainer(tmp_path, digits, student_steps=[4], teacher_steps=[8], objective=["pd"]))
-    assert run.rung.teacher_steps == 8
-    batch = batch_of(run)
-    t = torch.tensor(run.scheduler.grid(4))[batch["k"]]
-    z_t = run.scheduler.add_noise(batch["images"], batch["noise"], t)
-    target = ddim_target(lambda z, t: run.teacher.unet(z, t).sample, run.scheduler, z_t, batch["k"], 4, 8)
-    expected = losses.x0_loss(run.model(z_t, t).sample, target, *run.scheduler.alpha_sigma(t, z_t)).mean()
-    torch.testing.assert_close(run.compute_loss(batch)["loss"], expected)
+    run = trainer(tmp_path, digits, student_steps=[4], teacher_steps=[8], objective=["pd"])
+    stage = begin(run)
+    scheduler, batch = stage.scheduler, batch_of(run, stage)
+    assert stage.rung.teacher_steps == 8
+    t = torch.tensor(scheduler.grid(4))[batch["k"]]
+    z_t = scheduler.add_noise(batch["images"], batch["noise"], t)
+    target = ddim_target(lambda z, t: run.teacher.unet(z, t).sample, scheduler, z_t, batch["k"], 4, 8)
+    expected = losses.x0_loss(stage.model(z_t, t).sample, target, *scheduler.alpha_sigma(t, z_t)).mean()
+    torch.testing.assert_close(terms_of(run, stage, batch)["loss"], expected)
 
 
 def test_student_equal_to_its_target_takes_no_loss_and_no_gradient(tmp_path, digits, classifier):
@@ -201,33 +217,41 @@ def test_student_equal_to_its_target_takes_no_loss_and_no_gradient(tmp_path, dig
     for objective in ("pd", "cfd"):
         run = trainer(tmp_path, digits, None, classifier, student_steps=[4], teacher_steps=[1], objective=[objective],
                       temperature=[1.0])  # fmt: skip
-        begin(run)
-        loss = run.compute_loss(batch_of(run))["loss"]
+        stage = begin(run)
+        loss = terms_of(run, stage, batch_of(run, stage))["loss"]
         loss.backward()
         assert abs(loss.item()) < 1e-6
-        assert max(parameter.grad.abs().max() for parameter in run.model.parameters()) < 1e-4
+        assert max(parameter.grad.abs().max() for parameter in stage.model.parameters()) < 1e-4
 
 
 def test_ablations_are_arguments(tmp_path, digits, classifier):
     def terms(**options):
         options = {"temperature": [0.9], "regularization_weight": [0.1], "entropy_ratio": [0.25]} | options
-        run = begin(trainer(tmp_path, digits, None, classifier, **options))
-        return {name: value.item() for name, value in run.compute_loss(batch_of(run)).items()}
+        run = trainer(tmp_path, digits, None, classifier, **options)
+        stage = begin(run)
+        return {name: value.item() for name, value in terms_of(run, stage, batch_of(run, stage)).items()}
 
     full = terms()
     parts = 0.1 * (0.25 * full["entropy"] + 0.75 * full["diversity"])
-    assert full["loss"] == pytest.approx(full["cfd"] + parts)
+    assert full["loss"] == pytest.approx(full["feature_kl"] + parts)
     alone = terms(cfd_weight=0.0, entropy_ratio=[1.0])
     assert alone["loss"] == pytest.approx(0.1 * full["entropy"])
     alone = terms(cfd_weight=0.0, entropy_ratio=[0.0])
     assert alone["loss"] == pytest.approx(0.1 * full["diversity"])
-    assert terms(objective=["cfd"])["loss"] == pytest.approx(full["cfd"])
-    predictions = terms(distribution="predictions")["cfd"]
+    assert terms(objective=["cfd"])["loss"] == pytest.approx(full["feature_kl"])
+    predictions = terms(distribution="predictions")["prediction_kl"]
     spatial = [terms(distribution="spatial", spatial_loss=loss, feature_stages=[1, -1]) for loss in ("l1", "kl")]
-    assert spatial[0]["entropy"] == pytest.approx(full["entropy"]) and spatial[0]["cfd"] != spatial[1]["cfd"] > 0
-    dual = terms(dual_temperature=True)["cfd"]
-    assert len({round(value, 6) for value in (full["cfd"], predictions, dual)}) == 3
-    assert terms(dual_temperature=True, temperature=[3.0])["cfd"] > 0
+    assert (
+        spatial[0]["entropy"] == pytest.approx(full["entropy"]) and spatial[0]["spatial"] != spatial[1]["spatial"] > 0
+    )
+    dual = terms(dual_temperature=True)["feature_kl"]
+    assert len({round(value, 6) for value in (full["feature_kl"], predictions, dual)}) == 3
+    assert terms(dual_temperature=True, temperature=[3.0])["feature_kl"] > 0
+    mixture = terms(terms=["image=1", "feature_kl=0.5"])
+    assert mixture["loss"] == pytest.approx(mixture["image"] + 0.5 * full["feature_kl"])
+    assert mixture["image"] == pytest.approx(terms(objective=["pd"])["loss"])
+    absolute = terms(objective=["l1"])
+    assert absolute["loss"] == absolute["l1"] > 0
 
 
 def test_class_conditional_ladder(tmp_path, digits, classifier):
@@ -236,9 +260,10 @@ def test_class_conditional_ladder(tmp_path, digits, classifier):
     last = run.train()
     last.set_progress_bar_config(disable=True)
     assert last(2, class_labels=[3, 4], output_type="pt").images.shape == (2, 1, 8, 8)
-    begin(run := trainer(tmp_path / "again", digits, teacher, classifier))
-    batch = batch_of(run, labels=torch.zeros(8, dtype=torch.int64))
-    one, other = run.compute_loss(batch), run.compute_loss(batch | {"labels": batch["labels"] + 5})
+    run = trainer(tmp_path / "again", digits, teacher, classifier)
+    stage = begin(run)
+    batch = batch_of(run, stage, labels=torch.zeros(8, dtype=torch.int64))
+    one, other = terms_of(run, stage, batch), terms_of(run, stage, batch | {"labels": batch["labels"] + 5})
     assert one["loss"] != other["loss"]
 
 
@@ -282,7 +307,14 @@ def test_any_stock_teacher(tmp_path, digits, classifier, stock):
         ({"student_steps": [4, 3]}, "each dividing the one before it"),
         ({"student_steps": [0]}, "`student_steps` must be positive integers"),
         ({"student_steps": [-4]}, "`student_steps` must be positive integers"),
-        ({"objective": ["cfd"]}, "`classifier` is needed by objective 'cfd'"),
+        ({"objective": ["cfd"]}, "`classifier` must be given for the term 'feature_kl', got None"),
+        ({"terms": ["toy=1"]}, r"`terms` must be of \('image', .*got 'toy'"),
+        ({"terms": ["lpips=1"]}, "`lpips` must be given for the term 'lpips', got None"),
+        ({"terms": ["image"]}, "`terms` must be of the form name=weight, .* got 'image'"),
+        ({"terms": ["image=1", "image=2"]}, "each name once, .* got 'image=2'"),
+        ({"terms": ["image=-1"]}, "with a weight of at least 0, got 'image=-1'"),
+        ({"terms": ["image=0"]}, "one term or more with a weight above 0"),
+        ({"source": "toy"}, r"`source` must be one of \('ladder',\), got 'toy'"),
     ],
 )
 def test_rungs_that_the_teacher_does_not_allow(tmp_path, digits, options, message):
@@ -304,7 +336,9 @@ def test_classifier_student_and_images_that_do_not_fit(tmp_path, digits):
         trainer(tmp_path, digits, colour, objective=["pd"])
     with pytest.raises(ValueError, match=r"`classifier` must take images of 3 channel\(s\), got one for 1"):
         trainer(tmp_path, load_image_data(channels=3, max_images=20), colour, tiny_classifier())
-    with pytest.raises(ValueError, match="`student` must have the teacher's sample_size=8, got 16"):
+    with pytest.raises(
+        ValueError, match="`student` must be a network with the teacher's sample_size=8, got 'sample_size=16'"
+    ):
         trainer(tmp_path, digits, student=tiny_unet(sample_size=16), objective=["pd"])
     with pytest.raises(ValueError, match="`cfd_weight` must be above 0"):
         trainer(tmp_path, digits, None, tiny_classifier(), cfd_weight=0.0, regularization_weight=[0.0])

@@ -55,10 +55,10 @@ def test_resumed_run_is_bit_identical(tmp_path):
         trainer = ClassifierTrainer(tiny_classifier(), options, digits)
         compute_loss = trainer.compute_loss
 
-        def interrupt(batch):
+        def interrupt(stage, batch):
             if trainer.state.step == fail_at:
                 raise KeyboardInterrupt
-            return compute_loss(batch)
+            return compute_loss(stage, batch)
 
         trainer.compute_loss = interrupt
         return trainer.train()
@@ -85,9 +85,11 @@ def test_step_that_is_not_finite_leaves_the_running_statistics_alone(tmp_path):
     )
     compute_loss, seen = trainer.compute_loss, []
 
-    def poison(batch):
+    def poison(stage, batch):
         seen.append([buffer.clone() for buffer in trainer.classifier.buffers() if buffer.is_floating_point()])
-        return compute_loss(batch | {"images": batch["images"] / 0 if trainer.state.step == 1 else batch["images"]})
+        return compute_loss(
+            stage, batch | {"images": batch["images"] / 0 if trainer.state.step == 1 else batch["images"]}
+        )
 
     trainer.compute_loss = poison
     trainer.train()

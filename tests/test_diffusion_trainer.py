@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from diffusers_rcfd import DiffusionConfig, DiffusionTrainer, RCFDPipeline, RCFDScheduler, load_image_data
+from diffusers_rcfd.trainers.trainer import Stage
 from tests.toys import tiny_unet
 
 
@@ -16,12 +17,19 @@ def trainer(folder, digits, unet=None, scheduler=None, **options):
     return DiffusionTrainer(unet or tiny_unet(), scheduler or RCFDScheduler(), config, digits)
 
 
+def base(run):
+    return Stage("base", 0, run.unet, run.config.max_train_steps)
+
+
 def test_noise_levels_cover_the_whole_schedule(tmp_path, digits):
-    draws = trainer(tmp_path, digits).draw(40_000, torch.Generator().manual_seed(0))
+    def draw(run):
+        return run.draw(base(run), 40_000, torch.Generator().manual_seed(0))
+
+    draws = draw(trainer(tmp_path, digits))
     assert draws["t"].min() == 0 and draws["t"].max() == 1024
     assert draws["t"].float().mean() == pytest.approx(512, abs=6)
     assert not draws["flip"].any()
-    flips = trainer(tmp_path, digits, random_flip=True).draw(40_000, torch.Generator().manual_seed(0))["flip"]
+    flips = draw(trainer(tmp_path, digits, random_flip=True))["flip"]
     assert flips.float().mean() == pytest.approx(0.5, abs=0.02)
 
 
@@ -30,11 +38,12 @@ def test_closed_form_loss_of_a_network_that_knows_the_answer(tmp_path, digits):
     run = trainer(tmp_path, digits)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((8, 1, 8, 8), generator=generator) * 2 - 1
-    batch = {"images": images} | run.draw(8, generator)
-    run.model = lambda z, t, labels: type("Output", (), {"sample": images + 0.1})
-    snr = (run.pipeline.scheduler.alpha / run.pipeline.scheduler.sigma)[batch["t"]] ** 2
+    stage = base(run)
+    batch = {"images": images} | run.draw(stage, 8, generator)
+    stage.model.forward = lambda *args, **options: (images + 0.1,)
+    snr = run.scheduler.nu[batch["t"]] ** -2
     expected = 0.01 * snr.clamp(min=1).mean().item()
-    assert run.compute_loss(batch)["loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert run.compute_loss(stage, batch)["loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, load_image_data
 from diffusers_rcfd.losses.features import feature_kl
 from diffusers_rcfd.losses.predictions import diversity, entropy
-from diffusers_rcfd.trainers.fast_networks import compiled, frozen, laid_out, narrowed
+from diffusers_rcfd.trainers.fast_networks import compile_network, freeze, narrow, set_memory_format
 from tests.toys import parameters, tiny_classifier, tiny_teacher, tiny_unet
 
 BATCH, RATE = 8, 5e-4
@@ -52,9 +52,9 @@ def curve(folder):
 
 
 def seen_by(run):
-    """The run's batches, images as they came and the draws, as `compute_loss` sees them."""
-    seen, compute_loss = [], run.compute_loss
-    run.compute_loss = lambda batch: seen.append(batch) or compute_loss(batch)
+    """The run's batches, images as they came and the draws, as `pairs` sees them."""
+    seen, pairs = [], run.pairs
+    run.pairs = lambda stage, batch: seen.append(batch) or pairs(stage, batch)
     return seen
 
 
@@ -130,9 +130,11 @@ def test_channels_last_is_of_training_alone(tmp_path, digits):
     run = trainer(tmp_path, digits, 2, **options)
     layouts, compute_loss = [], run.compute_loss
 
-    def look(batch):
-        layouts.append([is_channels_last(part) for part in (run.model, run.teacher.unet, run.classifier)])
-        return compute_loss(batch)
+    def look(stage, batch):
+        layouts.append(
+            [is_channels_last(part) for part in (stage.model, stage.teacher.network, stage.guides.classifier)]
+        )
+        return compute_loss(stage, batch)
 
     run.compute_loss = look
     student = run.train()
@@ -148,9 +150,9 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(tmp_path, digit
         run = trainer(tmp_path / name, digits, 5, objective=["pd"], gradient_checkpointing=given)
         saved, compute_loss = [], run.compute_loss
 
-        def counted(batch, saved=saved, compute_loss=compute_loss):
+        def counted(stage, pair, saved=saved, compute_loss=compute_loss):
             with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
-                return compute_loss(batch)
+                return compute_loss(stage, pair)
 
         run.compute_loss = counted
         students[name], kept[name] = run.train().unet, sum(saved)
@@ -196,9 +198,9 @@ def test_compiling_breaks_no_graph_and_repeats_nothing(tmp_path, digits, monkeyp
     run = trainer(tmp_path, digits, 6, **options)
     graphs, compute_loss = [], run.compute_loss
 
-    def count(batch):
+    def count(stage, batch):
         graphs.append(counters["stats"]["unique_graphs"])
-        return compute_loss(batch)
+        return compute_loss(stage, batch)
 
     run.compute_loss = count
     student = run.train()
@@ -211,8 +213,8 @@ def test_compiling_breaks_no_graph_and_repeats_nothing(tmp_path, digits, monkeyp
 
 def test_networks_are_themselves_without_the_options():
     config, network = CFDDistillationConfig(), tiny_unet()
-    assert laid_out(config, network) is compiled(config, network) is network
-    assert frozen(config, network, torch.device("cpu")) is network
+    assert set_memory_format(config, network) is compile_network(config, network) is network
+    assert freeze(config, network, torch.device("cpu")) is network
     assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
 
 
@@ -222,7 +224,7 @@ def test_frozen_networks_keep_less_and_compute_the_same(make, mixed_precision):
     """Values and gradients are bit-identical under autocast, and the given network is left as it is."""
     network = make().eval().requires_grad_(False)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    kept = frozen(CFDDistillationConfig(mixed_precision=mixed_precision), network, torch.device("cpu"))
+    kept = freeze(CFDDistillationConfig(mixed_precision=mixed_precision), network, torch.device("cpu"))
     dtype, answers = {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision], []
     for each in (network, kept):
         images = torch.linspace(-1, 1, 256).view(4, 1, 8, 8).requires_grad_()
@@ -241,6 +243,6 @@ def memory_of(network):
     return sum(parameter.nbytes for parameter in network.parameters())
 
 
-def test_narrowed_is_the_network_itself_in_float32():
+def test_narrow_is_the_network_itself_in_float32():
     network = tiny_unet()
-    assert narrowed(CFDDistillationConfig(), network) is network
+    assert narrow(CFDDistillationConfig(), network) is network

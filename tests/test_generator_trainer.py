@@ -76,10 +76,10 @@ def test_best_survives_a_resume(tmp_path, digits, evaluator):
     broken = trainer(tmp_path / "resumed", digits, evaluator, load_best_model_at_end=True)
     compute_loss = broken.compute_loss
 
-    def interrupt(batch):
+    def interrupt(stage, batch):
         if broken.state.global_step == 5:
             raise KeyboardInterrupt
-        return compute_loss(batch)
+        return compute_loss(stage, batch)
 
     broken.compute_loss = interrupt
     with pytest.raises(KeyboardInterrupt):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_rcfd import RCFDScheduler, losses
+from diffusers_rcfd.distillation.objectives import OBJECTIVES, Weights
 from tests.toys import golden, toy_teacher
 
 STUDENT_STEPS = (512, 4, 2, 1)
@@ -40,7 +41,9 @@ def test_golden_rcfd(N, tau, beta, gamma):
     teacher, _ = classify(data[f"N{N}_x_target"])
     cfd = losses.feature_kl(student, teacher, tau).mean()
     entropy, diversity = losses.entropy(logits).mean(), losses.diversity(logits)
-    total = losses.rcfd_loss(cfd, entropy, diversity, beta, gamma)
+    terms = {"feature_kl": cfd, "entropy": entropy, "diversity": diversity}
+    weights = OBJECTIVES["rcfd"](Weights(beta=beta, gamma=gamma))
+    total = sum(weights[name] * term for name, term in terms.items())
     total.backward()
     expected = data[f"N{N}_rcfd_tau{tau}_beta{beta}_gamma{gamma}"]
     actual = torch.stack([total, cfd, entropy, diversity, scale.grad]).detach().double()

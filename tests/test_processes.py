@@ -202,10 +202,10 @@ def engine(output_dir, kind, stop):
             )
         compute_loss = trainer.compute_loss
 
-        def interrupt(batch):
+        def interrupt(stage, batch):
             if trainer.state.step >= int(stop):
                 raise SystemExit(0)
-            return compute_loss(batch)
+            return compute_loss(stage, batch)
 
         trainer.compute_loss = interrupt
         trainer.train()
@@ -218,21 +218,19 @@ def engine(output_dir, kind, stop):
 
 def gradients(output_dir, batch_size, accumulation):
     """Every gradient and loss term of three steps of each objective, in both number types."""
-    from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, load_image_data, training
+    from diffusers_rcfd import CFDDistillationConfig, CFDDistillationTrainer, load_image_data
+    from diffusers_rcfd.trainers import trainer as training
     from tests.toys import tiny_classifier, tiny_teacher, tiny_unet
 
     class InType(CFDDistillationTrainer):
         """Trains on images and noise of one floating type, and keeps what it sees."""
 
-        def draw(self, size, generator):
-            draws = super().draw(size, generator)
+        def draw(self, stage, size, generator):
+            draws = super().draw(stage, size, generator)
             return {k: v.to(self.kind) if v.is_floating_point() else v for k, v in draws.items()}
 
-        def compute_loss(self, batch):
-            return super().compute_loss(batch | {"images": batch["images"].to(self.kind)})
-
-        def _noisy(self, batch):
-            return super()._noisy(batch | {"images": batch["images"].to(self.kind)})
+        def pairs(self, stage, batch):
+            return super().pairs(stage, batch | {"images": batch["images"].to(self.kind)})
 
         def _optimizer_step(self, *args):
             terms = super()._optimizer_step(*args)
@@ -292,18 +290,18 @@ def main(objective, output_dir, batch_size, accumulation, mode="run", source="im
     compute_loss = trainer.compute_loss
     if mode == "signal":
 
-        def preempt(batch):
+        def preempt(stage, batch):
             if trainer.state.global_step == 2 and trainer.accelerator.process_index == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return compute_loss(batch)
+            return compute_loss(stage, batch)
 
         trainer.compute_loss = preempt
     if mode == "stop":
 
-        def stop(batch):
+        def stop(stage, batch):
             if trainer.state.global_step == 7:
                 raise SystemExit(0)
-            return compute_loss(batch)
+            return compute_loss(stage, batch)
 
         trainer.compute_loss = stop
     trainer.train()

@@ -19,10 +19,10 @@ from diffusers_rcfd import (
     SFDDistillationTrainer,
     load_image_data,
 )
-from diffusers_rcfd.distillation.feature_terms import spatial_distance
+from diffusers_rcfd.distillation.terms import spatial_distance
+from diffusers_rcfd.distillation.trajectory import Route, teacher_states
 from diffusers_rcfd.pipelines.trajectory_sampler import TrajectoryPipeline
 from diffusers_rcfd.schedulers.trajectories import euler_step, nearest_indices, one_step_target, rho_nodes, solve
-from diffusers_rcfd.trainers.sfd import Route
 from tests.toys import parameters, tiny_classifier, tiny_teacher
 
 
@@ -38,28 +38,19 @@ def trainer(folder, teacher=None, classifier=None, lpips=None, **options):
     return SFDDistillationTrainer(teacher or tiny_teacher(), classifier, config, lpips)
 
 
-def begin(run):
-    """The trainer at the start, with its student in place."""
-    run.model = next(run.stages(0)).model
-    return run
+def batch_of(run, stage, size=4, seed=0, **extra):
+    return run.draw(stage, size, torch.Generator().manual_seed(seed)) | extra
 
 
-def batch_of(run, size=4, seed=0, **extra):
-    return run.draw(size, torch.Generator().manual_seed(seed)) | extra
-
-
-def losses(run, batch):
+def losses(run, stage, batch):
     """The terms at each node, as the loop asks for them, of a student that stays as it is."""
-    for _ in range(run.num_optimizer_steps(batch)):
-        run.prepare_step([batch])
-        yield run.compute_loss(batch)
+    for pair in run.pairs(stage, batch):
+        yield run.compute_loss(stage, pair)
 
 
-def with_images(run, batch):
-    """`losses`, and the images that the last of them compared."""
-    terms_at_node, seen = run._terms_at_node, []
-    run._terms_at_node = lambda *args: seen.append(args[2:4]) or terms_at_node(*args)
-    return list(losses(run, batch)), seen[-1]
+def start_of(run, stage, batch):
+    """The state x = z / alpha at the first node."""
+    return batch["noise"] / stage.scheduler.alpha[stage.routes[0].student[0]].item()
 
 
 @pytest.fixture(scope="module")
@@ -74,33 +65,34 @@ def metrics(folder):
 
 def test_one_optimizer_step_for_each_node_along_the_students_own_trajectory(tmp_path):
     """The loop against the algorithm written out: the weights moved at a node are those of the next."""
-    run = trainer(tmp_path / "loop", student_steps=[3], max_train_steps=2, optimizer="sgd", learning_rate=1e-5)
+    run = trainer(tmp_path / "loop", student_steps=[3], max_train_steps=2, optimizer="sgd", learning_rate=64e-5)
     student = run.train()
 
-    other = begin(trainer(tmp_path / "by-hand", student_steps=[3]))
-    scheduler, nodes = other.scheduler, other.routes[0].student
+    other = trainer(tmp_path / "by-hand", student_steps=[3])
+    stage = other.begin()
+    scheduler, nodes, model = other.scheduler, other.routes[0].student, stage.model
     assert len(nodes) == 5 and nodes[0] == 1016 and nodes[-1] == 0
     nu = (scheduler.sigma / scheduler.alpha).tolist()
-    optimizer = torch.optim.SGD(other.model.parameters(), 1e-5, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 64e-5, momentum=0.9)
     for step in range(2):
         for group in optimizer.param_groups:
-            group["lr"] = (1e-5, 1e-6)[step]  # a tenth from half-way
+            group["lr"] = (64e-5, 64e-6)[step]  # a tenth from half-way
         other.state.step = step
-        x = other._draws(next(other.stages(0)))[0]["noise"] / scheduler.alpha[nodes[0]].item()
-        targets = other.teacher_states(x, other.routes[0], None)
+        x = start_of(other, stage, other._draws(stage)[0])
+        targets = teacher_states(stage.teacher, other.routes[0], x)
         for i, (k, k_next) in enumerate(pairwise(nodes)):
             s, s_next = nu[k], nu[k_next]
             if i == 0:
                 x = x + (s_next - s) * x / (1 + s**2) ** 0.5
                 continue
-            D = other.model(scheduler.alpha[k].item() * x, torch.full((4,), k)).sample
+            D = model(scheduler.alpha[k].item() * x, torch.full((4,), k)).sample
             x_next = x + (s_next - s) * (x - D) / s
-            loss = (x_next - targets[i]).abs().sum(dim=(1, 2, 3)).mean()
+            loss = (x_next - targets[i]).abs().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             x = x_next.detach()
-    difference = (parameters(student.unet) - parameters(other.model)).abs().max()
+    difference = (parameters(student.unet) - parameters(model)).abs().max()
     moved = (parameters(student.unet) - parameters(tiny_teacher().unet)).abs().max()
     assert moved > 1e-4 and difference < 0.01 * moved
 
@@ -108,18 +100,20 @@ def test_one_optimizer_step_for_each_node_along_the_students_own_trajectory(tmp_
 def test_student_of_one_teacher_step_starts_without_loss(tmp_path, classifier):
     """K = 1 by Euler without AFS: the target is the student's own step, in every objective."""
     for objective in ("l1", "cfd"):
-        run = begin(trainer(tmp_path, None, classifier, student_steps=[3], teacher_steps=1, teacher_solver="euler",
-                            analytical_first_step=False, objective=objective))  # fmt: skip
-        for terms in losses(run, batch_of(run)):
-            assert abs(terms["l1"].item()) < 1e-3 * 64 and abs(terms["loss"].item()) < 1e-3 * 64
+        run = trainer(tmp_path, None, classifier, student_steps=[3], teacher_steps=1, teacher_solver="euler",
+                      analytical_first_step=False, objective=objective)  # fmt: skip
+        stage = run.begin()
+        for terms in losses(run, stage, batch_of(run, stage)):
+            assert abs(terms["l1"].item()) < 1e-3 and abs(terms["loss"].item()) < 1e-3
 
 
 @pytest.mark.parametrize("solver, order, thresholding", [
     ("heun", 3, True), ("dpm-solver++", 3, True), ("dpm-solver++", 2, True), ("dpm-solver++", 3, False),
 ])  # fmt: skip
 def test_targets_are_every_kth_state_of_the_solver(tmp_path, solver, order, thresholding):
-    run = begin(trainer(tmp_path, student_steps=[2], teacher_steps=3, teacher_solver=solver, solver_order=order,
-                        dynamic_thresholding=thresholding))  # fmt: skip
+    run = trainer(tmp_path, student_steps=[2], teacher_steps=3, teacher_solver=solver, solver_order=order,
+                  dynamic_thresholding=thresholding)  # fmt: skip
+    teacher = run.begin().teacher
     with torch.no_grad():
         run.teacher.unet.conv_out.weight.mul_(20)  # beyond 1, where thresholding does something
     route = run.routes[0]
@@ -127,11 +121,11 @@ def test_targets_are_every_kth_state_of_the_solver(tmp_path, solver, order, thre
     x = 82 * torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
 
     def states(*options):
-        nu = run.nu[route.teacher].tolist()
+        nu = run.scheduler.nu[route.teacher].tolist()
         with torch.no_grad():
-            return solve(lambda x, i: run._denoise(run.teacher.unet, x, route.teacher[i], None), x, nu, *options)
+            return solve(lambda x, i: teacher.at_index(x, route.teacher[i]), x, nu, *options)
 
-    targets = run.teacher_states(x, route, None)
+    targets = teacher_states(teacher, route, x)
     for target, expected in zip(targets, states(solver, order, thresholding)[3::3], strict=True):
         torch.testing.assert_close(target, expected)
     if (solver, order, thresholding) != ("dpm-solver++", 3, True):
@@ -141,16 +135,17 @@ def test_targets_are_every_kth_state_of_the_solver(tmp_path, solver, order, thre
 def test_nodes_follow_the_noise_levels_asked_for(tmp_path):
     levels = {"sigma_max": 40.0, "sigma_min": 0.02, "rho": 5.0}
     run, usual = (trainer(tmp_path, student_steps=[2], teacher_steps=3, **own) for own in (levels, {}))
-    expected = {steps: nearest_indices(run.nu, rho_nodes(4, 40.0, 0.02, 5.0, steps)) for steps in (1, 3)}
-    assert run.routes == [Route(expected[1], expected[3], 9)]
+    expected = {steps: nearest_indices(run.scheduler.nu, rho_nodes(4, 40.0, 0.02, 5.0, steps)) for steps in (1, 3)}
+    assert run.routes == [Route(expected[1], expected[3], student_analytical_first=True)]
+    assert run.routes[0].teacher_evaluations == 9
     assert not set(expected[3]) & {*usual.routes[0].teacher}
 
 
 def test_student_has_no_dropout(tmp_path):
-    run = begin(trainer(tmp_path, tiny_teacher(dropout=0.5)))
+    model = trainer(tmp_path, tiny_teacher(dropout=0.5)).begin().model
     z, t = torch.randn(2, 1, 8, 8), torch.tensor([900, 30])
-    run.model.train()
-    assert torch.equal(run.model(z, t).sample, run.model(z, t).sample)
+    model.train()
+    assert torch.equal(model(z, t).sample, model(z, t).sample)
 
 
 def test_step_counts_with_teacher_steps_of_their_own_learn_one_trajectory(tmp_path):
@@ -162,36 +157,48 @@ def test_step_counts_with_teacher_steps_of_their_own_learn_one_trajectory(tmp_pa
 
 def test_loss_terms_of_the_objectives(tmp_path, classifier):
     def first_terms(**options):
-        run = begin(trainer(tmp_path, classifier=classifier, **options))
-        return next(losses(run, batch_of(run)))
+        run = trainer(tmp_path, classifier=classifier, **options)
+        stage = run.begin()
+        return next(losses(run, stage, batch_of(run, stage)))
 
     alone = first_terms()
-    assert alone["loss"] == alone["l1"] and "cfd" not in alone
+    assert alone["loss"] == alone["l1"] and "feature_kl" not in alone
     cfd = first_terms(objective="cfd")
-    assert cfd["loss"] == cfd["cfd"] > 0
+    assert cfd["loss"] == cfd["feature_kl"] > 0
     torch.testing.assert_close(cfd["l1"], alone["l1"])
     mixed = first_terms(objective="cfd", l1_weight=0.5, cfd_weight=2.0)
-    torch.testing.assert_close(mixed["loss"], 2 * cfd["cfd"] + 0.5 * alone["l1"])
+    torch.testing.assert_close(mixed["loss"], 2 * cfd["feature_kl"] + 0.5 * alone["l1"])
+    mixture = first_terms(terms=["l1=0.5", "feature_kl=2"])
+    torch.testing.assert_close(mixture["loss"], mixed["loss"])
+    assert first_terms(objective="pd")["image"] > 0
     assert {"entropy", "diversity"} <= first_terms(objective="rcfd").keys()
-    spatial = [first_terms(objective="cfd", distribution="spatial", spatial_loss=loss)["cfd"] for loss in ("l1", "kl")]
-    assert len({cfd["cfd"].item(), *(value.item() for value in spatial)}) == 3
+    spatial = [
+        first_terms(objective="cfd", distribution="spatial", spatial_loss=loss)["spatial"] for loss in ("l1", "kl")
+    ]
+    assert len({cfd["feature_kl"].item(), *(value.item() for value in spatial)}) == 3
 
 
 def test_closed_form_of_the_pair(tmp_path):
     """cfd compares the student's D with the D* whose Euler step reaches the teacher's state."""
-    run = begin(trainer(tmp_path))
+    run = trainer(tmp_path)
+    stage = run.begin()
+    batch = batch_of(run, stage)
+    targets = teacher_states(stage.teacher, run.routes[0], start_of(run, stage, batch))
     pairs = []
-    run._terms_at_node = lambda x0, x0_target, x_next, target, last: (
-        pairs.append((x0, x0_target, x_next, target)) or {}
-    )
-    list(losses(run, batch_of(run)))
-    nodes = run.nu[run.routes[0].student[1:]].tolist()
-    for (x0, x0_target, x_next, target), (s, s_next) in zip(pairs, pairwise(nodes), strict=True):
-        distance = (1 - s_next / s) * (x0 - x0_target)
+    for pair in run.pairs(stage, batch):
+        run.compute_loss(stage, pair)
+        pairs.append(pair)
+    levels = run.scheduler.nu[run.routes[0].student[1:]].tolist()
+    for pair, target, (s, s_next) in zip(pairs, targets[1:], pairwise(levels), strict=True):
+        x_next = pair.landing(pair.x0)
+        distance = (1 - s_next / s) * (pair.x0 - pair.x0_target)
         torch.testing.assert_close(x_next - target, distance, rtol=1e-3, atol=1e-4)
-        start = (x_next - (1 - s_next / s) * x0) / (s_next / s)
-        torch.testing.assert_close(euler_step(start, x0_target, s, s_next), target, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(one_step_target(start, target, s, s_next), x0_target, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(pair.landing(pair.x0_target), target, rtol=1e-3, atol=1e-4)
+        start = (x_next - (1 - s_next / s) * pair.x0) / (s_next / s)
+        torch.testing.assert_close(start, pair.step.x, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(euler_step(start, pair.x0_target, s, s_next), target, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one_step_target(start, target, s, s_next), pair.x0_target, rtol=1e-3, atol=1e-3)
+    assert [pair.is_last for pair in pairs] == [False, True]
 
 
 @pytest.mark.parametrize("options", [{}, {"student_steps": [1, 3], "ema_decay": 0.9}])
@@ -200,10 +207,10 @@ def test_resume_between_trajectories_is_bit_identical(tmp_path, options):
     run = trainer(tmp_path / "resumed", **options)
     compute_loss = run.compute_loss
 
-    def interrupt(batch):
-        if run.state.step == 2 and len(batch["walk"].steps) == 1:
+    def interrupt(stage, pair):
+        if run.state.step == 2 and pair.is_last:
             raise KeyboardInterrupt
-        return compute_loss(batch)
+        return compute_loss(stage, pair)
 
     run.compute_loss = interrupt
     with pytest.raises(KeyboardInterrupt):
@@ -215,7 +222,7 @@ def test_resume_between_trajectories_is_bit_identical(tmp_path, options):
 
 def test_accumulated_batches_take_turns_at_the_nodes(tmp_path):
     """Two batches of two are one of four: the same noise, and one optimizer step for both at each node."""
-    options = {"max_train_steps": 2, "optimizer": "sgd", "learning_rate": 1e-5}
+    options = {"max_train_steps": 2, "optimizer": "sgd", "learning_rate": 64e-5}
     whole = trainer(tmp_path / "whole", **options).train()
     parts = trainer(tmp_path / "parts", train_batch_size=2, gradient_accumulation_steps=2, **options).train()
     difference = (parameters(whole.unet) - parameters(parts.unet)).abs().max()
@@ -224,12 +231,13 @@ def test_accumulated_batches_take_turns_at_the_nodes(tmp_path):
 
 
 def test_sfd_v_starts_as_the_teacher_and_learns_its_step_counts(tmp_path):
-    run = begin(trainer(tmp_path / "start", student_steps=[1, 2, 3]))
+    run = trainer(tmp_path / "start", student_steps=[1, 2, 3])
+    stage = run.begin()
     z, t = torch.randn(2, 1, 8, 8), torch.tensor([900, 30])
     for row in range(3):
-        out = run.model(z, t, torch.full((2,), row)).sample
+        out = stage.model(z, t, torch.full((2,), row)).sample
         torch.testing.assert_close(out, run.teacher.unet(z, t).sample)
-    assert {int(batch_of(run, seed=seed)["route"][0]) for seed in range(20)} == {0, 1, 2}
+    assert {int(batch_of(run, stage, seed=seed)["route"][0]) for seed in range(20)} == {0, 1, 2}
 
     pipe = trainer(tmp_path / "run", student_steps=[1, 2, 3], max_train_steps=8).train()
     assert len(set(pipe.unet.class_embedding.weight.sum(1).tolist())) == 3  # zero no more, and each its own
@@ -251,11 +259,12 @@ def test_sfd_v_starts_as_the_teacher_and_learns_its_step_counts(tmp_path):
 @pytest.mark.parametrize("data_std", [1.0, 0.5])
 def test_sampling_follows_the_trajectory_of_training(tmp_path, data_std):
     teacher = RCFDPipeline(tiny_teacher().unet, RCFDScheduler(data_std=data_std))
-    run = begin(trainer(tmp_path, teacher, analytical_first_step=True))
-    batch, states = batch_of(run), []
-    run._terms_at_node = lambda x0, x0_target, x_next, target, last: states.append(x_next.detach()) or {}
-    list(losses(run, batch))
-    pipe = RCFDPipeline(run.model, run.scheduler)
+    run = trainer(tmp_path, teacher, analytical_first_step=True)
+    stage = run.begin()
+    batch = batch_of(run, stage)
+    with torch.no_grad():
+        states = [pair.landing(pair.x0) for pair in run.pairs(stage, batch)]
+    pipe = RCFDPipeline(stage.model, run.scheduler)
     pipe.set_progress_bar_config(disable=True)
     expected = (data_std * run.scheduler.alpha[0].item() * states[-1] / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(pipe(4, latents=batch["noise"], output_type="pt").images, expected, rtol=0, atol=1e-4)
@@ -269,7 +278,8 @@ def test_teacher_sampler_ends_where_the_targets_do(tmp_path, data_std, solver):
     teacher.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     z = torch.randn((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     for route, (evaluations, sampler) in zip(run.routes, run.teacher_samplers.items(), strict=True):
-        last = run.teacher_states(z / run.scheduler.alpha[route.student[0]].item(), route, None)[-1]
+        x = z / run.scheduler.alpha[route.student[0]].item()
+        last = teacher_states(run.begin().teacher, route, x)[-1]
         expected = (data_std * run.scheduler.alpha[route.student[-1]].item() * last / 2 + 0.5).clamp(0, 1)
         calls.clear()
         sampler.set_progress_bar_config(disable=True)
@@ -288,11 +298,14 @@ def test_trajectory_of_no_falling_indices(nodes):
 
 def test_class_conditional_teacher(tmp_path):
     teacher = tiny_teacher(num_class_embeds=3)
-    run = begin(trainer(tmp_path / "start", teacher, student_steps=[1, 2]))
-    assert run.model.config.num_class_embeds == 6 and batch_of(run, 64)["labels"].unique().tolist() == [0, 1, 2]
+    run = trainer(tmp_path / "start", teacher, student_steps=[1, 2])
+    stage = run.begin()
+    assert stage.model.config.num_class_embeds == 6
+    assert batch_of(run, stage, 64)["labels"].unique().tolist() == [0, 1, 2]
     z, t = torch.randn(3, 1, 8, 8), torch.tensor([900, 30, 5])
     expected = teacher.unet(z, t, torch.arange(3)).sample
-    torch.testing.assert_close(run.model(z, t, torch.arange(3) + 3).sample, expected)
+    torch.testing.assert_close(stage.model(z, t, torch.arange(3) + 3).sample, expected)
+    torch.testing.assert_close(stage.student(2).predict(z, t, torch.arange(3)), expected)
     pipe = trainer(tmp_path / "run", teacher, student_steps=[1, 2], max_train_steps=1).train()
     pipe.set_progress_bar_config(disable=True)
     assert pipe.num_classes == 3 and pipe(2, class_labels=[0, 2], output_type="pt").images.shape == (2, 1, 8, 8)
@@ -304,24 +317,26 @@ def test_second_stage(tmp_path, classifier):
         teacher = trainer(tmp_path / f"first{counts}", student_steps=counts, max_train_steps=1).train()
         if len(counts) > 1:
             torch.nn.init.normal_(teacher.unet.class_embedding.weight)
-        run = begin(trainer(tmp_path, teacher, classifier, student_steps=[1], perceptual_weight=0.5))
-        route = run.routes[0]
-        z, t = batch_of(run)["noise"], torch.full((4,), 700)
+        run = trainer(tmp_path, teacher, classifier, student_steps=[1], perceptual_weight=0.5)
+        stage, route = run.begin(), run.routes[0]
+        batch = batch_of(run, stage)
+        z, t = batch["noise"], torch.full((4,), 700)
         row = None if len(counts) == 1 else torch.ones(4, dtype=torch.int64)  # that of 5 evaluations
-        torch.testing.assert_close(run.model(z, t).sample, teacher.unet(z, t, row).sample, rtol=0, atol=1e-5)
+        torch.testing.assert_close(stage.model(z, t).sample, teacher.unet(z, t, row).sample, rtol=0, atol=1e-5)
         assert route.teacher[::3] == route.student and len(route.teacher) == 7
         assert list(run.teacher_samplers) == [5]
-        assert run.model.config.num_class_embeds is None  # one step count needs no table
-        x = batch_of(run)["noise"] / run.scheduler.alpha[route.student[0]].item()
+        assert stage.model.config.num_class_embeds is None  # one step count needs no table
         teacher.set_progress_bar_config(disable=True)
-        last = run.teacher_states(x, route, None)[-1]
-        images = teacher(4, 5, latents=batch_of(run)["noise"], output_type="pt").images
+        last = teacher_states(stage.teacher, route, start_of(run, stage, batch))[-1]
+        images = teacher(4, 5, latents=z, output_type="pt").images
         torch.testing.assert_close((run.scheduler.alpha[0].item() * last / 2 + 0.5).clamp(0, 1), images,
                                    rtol=0, atol=1e-4)  # fmt: skip
-        (terms,), (x_next, target) = with_images(run, batch_of(run))
-        torch.testing.assert_close(terms["perceptual"], spatial_distance(classifier, x_next, target, run.config))
+        (pair,) = run.pairs(stage, batch)
+        terms = run.compute_loss(stage, pair)
+        x_next = pair.landing(pair.x0)
+        torch.testing.assert_close(terms["perceptual"], spatial_distance(classifier, x_next, last, stage.objective))
         assert terms["perceptual"] > 0.01
-        torch.testing.assert_close(terms["loss"], terms["l1"] + 0.5 * 64 * terms["perceptual"])
+        torch.testing.assert_close(terms["loss"], terms["l1"] + 0.5 * terms["perceptual"])
 
     seen = []
 
@@ -329,10 +344,11 @@ def test_second_stage(tmp_path, classifier):
         seen.append((a.shape, b.shape))
         return (a - b).square().mean((1, 2, 3), keepdim=True)
 
-    run = begin(trainer(tmp_path, teacher, None, lpips, student_steps=[1]))
-    (terms,) = losses(run, batch_of(run))
-    assert seen == [((4, 3, 8, 8),) * 2] and terms["perceptual"] > 0
-    with pytest.raises(ValueError, match="`classifier` must be given for the second stage without LPIPS"):
+    run = trainer(tmp_path, teacher, None, lpips, student_steps=[1])
+    stage = run.begin()
+    (terms,) = losses(run, stage, batch_of(run, stage))
+    assert seen == [((4, 3, 8, 8),) * 2] and terms["lpips"] > 0
+    with pytest.raises(ValueError, match="`classifier` must be given for the term 'perceptual'"):
         trainer(tmp_path, teacher, student_steps=[1])
     with pytest.raises(ValueError, match="`student_steps` must be such that its nodes .* are among"):
         trainer(tmp_path, teacher, classifier, student_steps=[3])
@@ -344,7 +360,7 @@ def test_metrics_of_a_term_of_the_last_node_alone(tmp_path, classifier):
     trainer(tmp_path / "second", teacher, classifier, student_steps=[2], logging_steps=2).train()
     for line in metrics(tmp_path / "second"):
         assert line["perceptual"] > 0
-        assert line["loss"] == pytest.approx(line["l1"] + 64 * line["perceptual"], rel=1e-5)
+        assert line["loss"] == pytest.approx(line["l1"] + line["perceptual"], rel=1e-5)
 
 
 def test_lpips_that_does_not_fit_or_is_not_used(tmp_path, caplog):
@@ -368,7 +384,7 @@ def test_classifier_that_is_not_used(tmp_path, classifier, caplog):
         run = trainer(tmp_path / "run", None, classifier, max_train_steps=1)
     finally:
         disable_propagation()
-    assert "`classifier` is not used: objective 'l1' compares images" in caplog.text
+    assert "`classifier` is not used: the loss compares images" in caplog.text
     run.train()
     run.create_model_card(tmp_path / "run")
     assert "- classifier: none" in (tmp_path / "run/README.md").read_text()
@@ -391,7 +407,7 @@ def test_card_tells_the_objective_and_every_step_count(tmp_path, classifier):
         assert guided == ("class_labels=[0 + label] * 16" in card.text)
         assert guided != ("class_labels=[1] * 16" in card.text)
         for N in (1, 3):
-            assert str(run.student.stock_call(N)["timesteps"]) in card.text
+            assert str(RCFDPipeline.from_pretrained(folder).stock_call(N)["timesteps"]) in card.text
 
 
 def test_teacher_in_half_precision_is_refused_before_the_folder_is_used(tmp_path, classifier):
@@ -474,12 +490,13 @@ def test_student_of_sfd_is_no_teacher_of_a_ladder(tmp_path):
 def test_node_that_is_not_finite_is_skipped_alone(tmp_path):
     """The weights stay at the poisoned node, and the other nodes of its trajectory are learnt and logged."""
     run = trainer(tmp_path / "run", student_steps=[3], max_train_steps=2, ema_decay=0.5)
-    compute_loss, weights, seen = run.compute_loss, [], []
+    compute_loss, weights, nodes, seen = run.compute_loss, [], [], []
 
-    def poison(batch):
-        weights.append(parameters(run.model).clone())
-        poisoned = run.state.step == 1 and len(batch["walk"].steps) == 2
-        terms = compute_loss(batch)
+    def poison(stage, pair):
+        weights.append(parameters(stage.model).clone())
+        nodes.append(pair.step.s)
+        poisoned = run.state.step == 1 and pair.step.s == nodes[1]
+        terms = compute_loss(stage, pair)
         seen.append(terms["loss"].item())
         return terms | {"loss": terms["loss"] * (torch.nan if poisoned else 1)}
 
@@ -493,7 +510,7 @@ def test_node_that_is_not_finite_is_skipped_alone(tmp_path):
 
     run = trainer(tmp_path / "nothing", max_train_steps=9, max_skipped_steps=3)
     all_terms = run.compute_loss
-    run.compute_loss = lambda batch: {name: term * torch.nan for name, term in all_terms(batch).items()}
+    run.compute_loss = lambda *args: {name: term * torch.nan for name, term in all_terms(*args).items()}
     with pytest.raises(FloatingPointError, match="4 steps in a row .* up to step 2 of student"):
         run.train()
 
@@ -503,17 +520,17 @@ def test_rcfd_of_accumulated_batches_is_that_of_the_whole(tmp_path, classifier, 
     """Diversity is no mean over batches: it is taken over all of them, at every node of their walks."""
 
     def gradients(accumulated):
-        run = begin(trainer(tmp_path, None, classifier, student_steps=[2], objective="rcfd",
-                            regularization_weight=1.0, entropy_ratio=0.0, cfd_weight=0.1))  # fmt: skip
-        draws = {name: value.chunk(accumulated) for name, value in batch_of(run, 8).items()}
+        run = trainer(tmp_path, None, classifier, student_steps=[2], objective="rcfd",
+                      regularization_weight=1.0, entropy_ratio=0.0, cfd_weight=0.1)  # fmt: skip
+        stage = run.begin()
+        draws = {name: value.chunk(accumulated) for name, value in batch_of(run, stage, 8).items()}
         batches = [{name: value[i] for name, value in draws.items()} for i in range(accumulated)]
         found = []
-        for _ in range(2):
-            run.prepare_step(batches)
-            run.model.zero_grad()
-            for batch in batches:
-                (run.compute_loss(batch)["loss"] / accumulated).backward()
-            found.append(torch.cat([weight.grad.flatten() for weight in run.model.parameters()]))
+        for functions in run.optimizer_steps(stage, batches):
+            stage.model.zero_grad()
+            for function in functions:
+                (function()["loss"] / accumulated).backward()
+            found.append(torch.cat([weight.grad.flatten() for weight in stage.model.parameters()]))
         return found
 
     for whole, accumulated in zip(gradients(1), gradients(parts), strict=True):
@@ -538,10 +555,10 @@ def test_signal_between_trajectories_saves_and_resumes(tmp_path):
     run = trainer(tmp_path / "stopped", **options)
     compute_loss = run.compute_loss
 
-    def stop(batch):
+    def stop(stage, pair):
         if run.state.step == 1:
             signal.raise_signal(signal.SIGTERM)
-        return compute_loss(batch)
+        return compute_loss(stage, pair)
 
     run.compute_loss = stop
     with pytest.raises(SystemExit) as left:
@@ -605,11 +622,12 @@ def test_stock_pipeline_as_teacher_and_the_records_of_a_run(tmp_path):
         ({"dataloader_num_workers": 2}, "`dataloader_num_workers` must be 0: SFD takes no images, got 2"),
         ({"lr_warmup_steps": 5}, "`lr_warmup_steps` must be 0 with lr_scheduler 'piecewise_constant', got 5"),
         ({"solver_order": 4}, "`solver_order` must be 1, 2 or 3, got 4"),
-        ({"objective": "pd"}, r"`objective` must be one of \('l1', 'cfd', 'rcfd'\), got 'pd'"),
+        ({"objective": "sfd"}, r"`objective` must be one of \('pd', 'l1', 'cfd', 'rcfd'\), got 'sfd'"),
+        ({"terms": ["toy=1"]}, r"`terms` must be of \('image', .*got 'toy'"),
         ({"temperature": 1.5}, r"`temperature` must be in \(0, 1\], got 1.5"),
         ({"l1_weight": 1.0}, "`l1_weight` must be 0 for objective 'l1'"),
         ({"objective": "cfd", "cfd_weight": 0.0}, "`cfd_weight` must be above 0 where no other loss is left"),
-        ({"objective": "cfd"}, "`classifier` must be given for objective 'cfd'"),
+        ({"objective": "cfd"}, "`classifier` must be given for the term 'feature_kl'"),
         ({"nodes": [80.0, 0.0061, 0.006]}, "`teacher` must be of a schedule that tells the nodes"),
     ],
 )

@@ -52,10 +52,10 @@ def interrupted(run, at):
     """The trainer, with an interruption in step `at`."""
     compute_loss = run.compute_loss
 
-    def interrupt(batch):
+    def interrupt(stage, batch):
         if run.state.step == at:
             raise KeyboardInterrupt
-        return compute_loss(batch)
+        return compute_loss(stage, batch)
 
     run.compute_loss = interrupt
     return run
@@ -238,12 +238,12 @@ def signalled(run, at, numbers, seconds=0.0):
     """The trainer, to which signals are sent in step `at`."""
     compute_loss = run.compute_loss
 
-    def send(batch):
+    def send(stage, batch):
         if run.state.step == at:
             for number in numbers:
                 os.kill(os.getpid(), number)
                 time.sleep(seconds)
-        return compute_loss(batch)
+        return compute_loss(stage, batch)
 
     run.compute_loss = send
     return run
@@ -271,18 +271,18 @@ def poisoned(run, steps, value=float("nan")):
     """The trainer, whose loss is not finite in some steps."""
     compute_loss = run.compute_loss
 
-    def poison(batch):
-        terms = compute_loss(batch)
+    def poison(stage, batch):
+        terms = compute_loss(stage, batch)
         return terms | {"loss": terms["loss"] + (value if run.state.step in steps else 0)}
 
     run.compute_loss = poison
     return run
 
 
-def everything(run, optimizer):
-    average = [value.clone() for value in run.ema.shadow_params]
+def everything(stage, optimizer):
+    average = [value.clone() for value in stage.ema.shadow_params]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
-    return [value.clone() for value in run.model.parameters()], average, moments
+    return [value.clone() for value in stage.model.parameters()], average, moments
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -291,9 +291,9 @@ def test_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, digits
     run = poisoned(trainer(tmp_path, digits, optimizer=optimizer, sample_steps=0, max_grad_norm=0.0), {0, 2}, value)
     train_step, seen = run._train_step, []
 
-    def record(batches, optimizer, lr_scheduler):
-        terms = train_step(batches, optimizer, lr_scheduler)
-        seen.append(everything(run, optimizer))
+    def record(stage, batches, optimizer, lr_scheduler):
+        terms = train_step(stage, batches, optimizer, lr_scheduler)
+        seen.append(everything(stage, optimizer))
         return terms
 
     run._train_step = record
@@ -312,8 +312,8 @@ def test_gradient_that_is_not_finite_is_skipped(tmp_path, digits):
     run = trainer(tmp_path, digits, sample_steps=0, logging_steps=1)
     compute_loss = run.compute_loss
 
-    def infinite_slope(batch):
-        terms = compute_loss(batch)
+    def infinite_slope(stage, batch):
+        terms = compute_loss(stage, batch)
         zero = terms["loss"] - terms["loss"].detach()
         return terms | {"loss": terms["loss"] + (zero.sqrt() if run.state.step == 1 else 0)}
 

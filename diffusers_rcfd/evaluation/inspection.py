@@ -56,16 +56,13 @@ def inspect_sampling(
     Raises:
         ValueError: for steps that the model does not take.
     """
-    scheduler, device = pipeline.scheduler, pipeline.unet.device
+    scheduler, denoiser, device = pipeline.scheduler, pipeline.denoiser, pipeline.unet.device
     scheduler.set_timesteps(num_inference_steps, device=device)
-    num_classes = pipeline.num_classes
-    labels = None if num_classes is None else torch.arange(num_images, device=device) % num_classes
-    z = scheduler.init_noise_sigma * initial_noise(range(num_images), pipeline.image_shape, seed).to(device)
-    labels = pipeline.network_labels(labels, like=z)
+    labels = torch.arange(num_images, device=device) % (denoiser.num_classes or 1)
+    z = scheduler.init_noise_sigma * initial_noise(range(num_images), denoiser.image_shape, seed).to(device)
     predictions, entropies = [], []
     for t in scheduler.timesteps:
-        output = pipeline.unet(z.to(pipeline.unet.dtype), t, labels).sample.float()
-        z, x0 = scheduler.step(output, t, z, return_dict=False)
+        z, x0 = scheduler.step(denoiser.predict(z, t, labels), t, z, return_dict=False)
         logits = classifier.eval()(x0.clamp(-1, 1)).logits.float()
         predictions.append(x0.cpu())
         entropies.append(entropy(logits).cpu())

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from diffusers_rcfd.losses.images import wide
+from diffusers_rcfd.losses.images import to_float32
 
 
 def feature_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -16,12 +16,12 @@ def feature_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float 
             (B, D, H, W) the value at each position, (B, H, W).
         temperature (`float`, defaults to 1.0): tau in (0, 1].
     """
-    return _kl(F.log_softmax(wide(student), 1), F.log_softmax(wide(teacher) / temperature, 1))
+    return _kl(F.log_softmax(to_float32(student), 1), F.log_softmax(to_float32(teacher) / temperature, 1))
 
 
 def dual_temperature_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), the ablation of Eq. 8; (B, D) to (B,)."""
-    student, teacher = wide(student) / temperature, wide(teacher) / temperature
+    student, teacher = to_float32(student) / temperature, to_float32(teacher) / temperature
     return temperature**2 * _kl(F.log_softmax(student, 1), F.log_softmax(teacher, 1))
 
 
@@ -39,5 +39,5 @@ def spatial_l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
     The normalisation is that of LPIPS (Zhang et al. 2018); (B, C, H, W) to (B,).
     """
-    difference = F.normalize(wide(student), dim=1) - F.normalize(wide(teacher), dim=1)
+    difference = F.normalize(to_float32(student), dim=1) - F.normalize(to_float32(teacher), dim=1)
     return difference.abs().sum(1).flatten(1).mean(1)

@@ -3,8 +3,8 @@
 import torch
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """`x` in float32 at least, which every loss is computed in."""
+def to_float32(x: torch.Tensor) -> torch.Tensor:
+    """Widen `x` to float32 at least, the type that every loss is computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -40,5 +40,13 @@ def x0_loss(
         alpha, sigma (`torch.Tensor`): (B, 1, 1, 1).
         weighting (`str`, defaults to `"both"`): see `x0_weight`.
     """
-    mse = (wide(x0_pred) - wide(x0_target)).square().flatten(1).mean(1)
+    mse = (to_float32(x0_pred) - to_float32(x0_target)).square().flatten(1).mean(1)
     return x0_weight(alpha, sigma, weighting).flatten() * mse
+
+
+def l1(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of two images (B, C, H, W); shape (B,).
+
+    A mean over the pixels, so that a weight carries over from one image size to the next.
+    """
+    return (to_float32(first) - to_float32(second)).abs().flatten(1).mean(1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from diffusers_rcfd.losses.images import wide
+from diffusers_rcfd.losses.images import to_float32
 
 VGG_FILE, LINEAR_FILE = "vgg16-397923af.pth", "weights-vgg16-lpips.pth"
 _LAST_LAYERS = (3, 8, 15, 22, 29)  # the ReLU at the end of each stage of VGG16
@@ -59,7 +59,7 @@ class LPIPS(torch.nn.Module):
             # Not VGG's own ReLU, which works in place.
             pair = F.relu(pair) if isinstance(layer, torch.nn.ReLU) else layer(pair)
             if i in _LAST_LAYERS:
-                a, b = F.normalize(wide(pair), dim=1, eps=1e-10).chunk(2)
+                a, b = F.normalize(to_float32(pair), dim=1, eps=1e-10).chunk(2)
                 scale = self.scales[_LAST_LAYERS.index(i)].view(1, -1, 1, 1)
                 distance = distance + (scale * (a - b).square()).sum(1).flatten(1).mean(1)
         return distance

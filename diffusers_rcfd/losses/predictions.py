@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 
-from diffusers_rcfd.losses.images import wide
+from diffusers_rcfd.losses.images import to_float32
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of each prediction in nats, 0..ln K (Eq. 5); (B, K) to (B,). Finite for one-hot predictions."""
-    log_p = F.log_softmax(wide(logits), 1)
+    log_p = F.log_softmax(to_float32(logits), 1)
     return -(log_p.exp() * log_p).sum(1)
 
 
@@ -21,7 +21,7 @@ def log_mean_prediction(logits: torch.Tensor) -> torch.Tensor:
     Gradients pass the reduction: averaged over processes (as data-parallel training does), they are those of one
     process with the whole batch.
     """
-    log_p = F.log_softmax(wide(logits), 1)
+    log_p = F.log_softmax(to_float32(logits), 1)
     log_p_mean = log_p.logsumexp(0) - math.log(len(log_p))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         from torch.distributed.nn.functional import all_gather
@@ -43,23 +43,6 @@ def diversity(logits: torch.Tensor, log_p_mean: torch.Tensor | None = None) -> t
     if log_p_mean is None:
         log_p_mean = log_mean_prediction(logits)
         return (log_p_mean.exp() * log_p_mean).sum()
-    p_mean = F.softmax(wide(logits), 1).mean(0)
+    p_mean = F.softmax(to_float32(logits), 1).mean(0)
     through_this_part = ((log_p_mean + 1) * (p_mean - p_mean.detach())).sum()  # d(p ln p) = (ln p + 1) dp; value 0
     return (log_p_mean.exp() * log_p_mean).sum() + through_this_part
-
-
-def rcfd_loss(
-    cfd: torch.Tensor,
-    entropy: torch.Tensor,
-    diversity: torch.Tensor,
-    regularization_weight: float,
-    entropy_ratio: float,
-) -> torch.Tensor:
-    """CFD + beta (gamma entropy + (1 - gamma) diversity) (Eq. 7), of the three scalars.
-
-    Args:
-        cfd, entropy, diversity (`torch.Tensor`): scalars, batch means of Eq. 4 to 6.
-        regularization_weight (`float`): beta, at least 0.
-        entropy_ratio (`float`): gamma in [0, 1].
-    """
-    return cfd + regularization_weight * (entropy_ratio * entropy + (1 - entropy_ratio) * diversity)

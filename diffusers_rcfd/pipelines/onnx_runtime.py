@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from diffusers_rcfd.models.denoiser import call_unet
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -84,7 +85,7 @@ def exported(unet: UNet2DModel) -> bytes:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about its own code
         program = torch.onnx.export(
-            _Sample(unet).eval(),
+            _Prediction(unet).eval(),
             tuple(given.values()),
             input_names=list(given),
             dynamic_shapes=tuple({0: batch} for _ in given),
@@ -96,12 +97,12 @@ def exported(unet: UNet2DModel) -> bytes:
     return file.getvalue()
 
 
-class _Sample(torch.nn.Module):
-    """A U-Net whose output is a tensor, not a dictionary."""
+class _Prediction(torch.nn.Module):
+    """A network whose output is a tensor, not a dictionary."""
 
     def __init__(self, unet: UNet2DModel):
         super().__init__()
         self.unet = copy.deepcopy(unet)  # which eval mode is set on
 
     def forward(self, z, t, labels=None):
-        return self.unet(z, t, labels, return_dict=False)[0]
+        return call_unet(self.unet, z, t, labels)

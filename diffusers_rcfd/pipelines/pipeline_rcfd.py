@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 from huggingface_hub.errors import HfHubHTTPError
 
+from diffusers_rcfd.models.denoiser import Denoiser, unwrap
 from diffusers_rcfd.saving import saved_whole
 from diffusers_rcfd.schedulers import names
 from diffusers_rcfd.schedulers.noise_schedules import schedule_betas
@@ -50,9 +51,7 @@ class RCFDPipeline(DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: RCFDScheduler):
         super().__init__()
-        network = getattr(unet, "_orig_mod", unet)  # of a compiled one
-        if not isinstance(network, UNet2DModel):
-            raise TypeError(f"`unet` must be a UNet2DModel, got {type(network).__name__}.")
+        network = unwrap(unet)
         check_network(network.config)
         if type(scheduler).__name__.startswith("EDM"):
             from diffusers_rcfd.models.edm import from_edm
@@ -74,19 +73,19 @@ class RCFDPipeline(DiffusionPipeline):
         return {"unet": self.unet, "scheduler": self.scheduler}
 
     @property
+    def denoiser(self) -> Denoiser:
+        """Network and scheduler as a function (z_t, t, labels) -> x0."""
+        return Denoiser(self.unet, self.scheduler)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self.denoiser.image_shape
 
     @property
     def num_classes(self) -> int | None:
-        """Classes of a class-conditional model, else None; step counts that share the embeddings are not counted."""
-        embeddings, counts = self.unet.config.num_class_embeds, len(self.scheduler.trained_steps)
-        if embeddings is None or embeddings == counts > 1:
-            return None
-        return embeddings // max(counts, 1)
+        """Classes of a class-conditional model, else None; step counts that share the embeddings do not count."""
+        return self.denoiser.num_classes
 
     @torch.no_grad()
     def __call__(
@@ -118,34 +117,28 @@ class RCFDPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a value outside those named above.
         """
-        z, class_labels, dtype = self._begin(batch_size, generator, class_labels, latents, output_type)
-        device = z.device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        class_labels = self.network_labels(class_labels, z)
+        denoiser, z, class_labels = self._begin(batch_size, generator, class_labels, latents, output_type)
+        self.scheduler.set_timesteps(num_inference_steps, device=z.device)
         z = z * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
-            model_output = self.unet(z.to(dtype), t, class_labels, return_dict=False)[0]
-            z = self.scheduler.step(model_output.float(), t, z, return_dict=False)[0]
+            prediction = denoiser.predict(z, t, class_labels)
+            z = self.scheduler.step(prediction, t, z, return_dict=False)[0]
 
         return self._finish(z * self.scheduler.config.data_std, output_type, return_dict)  # z_0 is x0 / data_std
 
     def _begin(self, batch_size, generator, class_labels, latents, output_type) -> tuple:
-        """The checked arguments of a call as noise (B, C, H, W) and labels (B,) or None, and the network's type."""
+        """The denoiser of a call, and its checked arguments as noise (B, C, H, W) and labels (B,) or None."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        device, dtype = self._device_and_dtype()
-        z = self._initial_noise(batch_size, generator, latents, device)
-        return z, self._check_class_labels(class_labels, len(z), device), dtype
+        denoiser = self.denoiser
+        z = self._initial_noise(denoiser.image_shape, batch_size, generator, latents, self._device())
+        return denoiser, z, check_class_labels(class_labels, denoiser.num_classes, z)
 
-    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Where and in which number type the network computes; Diffusers' own answers take as long as a small network.
-
-        Offloaded weights lie on the CPU or nowhere, and weights stored in 8 bits are computed with in more.
-        """
+    def _device(self) -> torch.device:
+        """Where the network computes; offloaded weights lie on the CPU or nowhere."""
         weight = next(self.unet.parameters())
         offloaded = weight.device.type in ("cpu", "meta") and torch.accelerator.is_available()
-        device = self._execution_device if offloaded else weight.device
-        return device, self.unet.dtype if weight.dtype.itemsize == 1 else weight.dtype
+        return self._execution_device if offloaded else weight.device
 
     def _finish(self, z: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """Images in [-1, 1] as what the caller asked for."""
@@ -157,14 +150,14 @@ class RCFDPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _initial_noise(self, batch_size, generator, latents, device) -> torch.Tensor:
+    def _initial_noise(self, image_shape, batch_size, generator, latents, device) -> torch.Tensor:
         """z_T (B, C, H, W) in float32, whatever the network's number type, so that noise depends on the seed alone."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         if latents is not None:
-            if latents.ndim != 4 or latents.shape[1:] != self.image_shape or batch_size not in (1, len(latents)):
+            if latents.ndim != 4 or latents.shape[1:] != image_shape or batch_size not in (1, len(latents)):
                 raise ValueError(
-                    f"`latents` must have the shape (batch_size, C, H, W) = {(batch_size, *self.image_shape)}, got "
+                    f"`latents` must have the shape (batch_size, C, H, W) = {(batch_size, *image_shape)}, got "
                     f"{tuple(latents.shape)}."
                 )
             return latents.to(device, torch.float32)
@@ -173,32 +166,7 @@ class RCFDPipeline(DiffusionPipeline):
                 f"`generator` as a list must hold one generator for each of the `batch_size`={batch_size} images, "
                 f"got {len(generator)}."
             )
-        return randn_tensor((batch_size, *self.image_shape), generator=generator, device=device, dtype=torch.float32)
-
-    def _check_class_labels(self, class_labels, batch_size, device) -> torch.Tensor | None:
-        """Class labels as a tensor (B,), or None for an unconditional model."""
-        num_classes = self.num_classes
-        if num_classes is None:
-            if class_labels is not None:
-                raise ValueError("`class_labels` must be None: this model is unconditional.")
-            return None
-        if class_labels is None:
-            raise ValueError(f"`class_labels` must be given, in 0..{num_classes - 1}: the model is class-conditional.")
-        labels = torch.as_tensor(class_labels)
-        if labels.is_floating_point() or labels.shape not in ((), (1,), (batch_size,)):
-            raise ValueError(
-                f"`class_labels` must be one integer or {batch_size} integers, got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}."
-            )
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(f"`class_labels` must be in 0..{num_classes - 1}, got {labels.tolist()}.")
-        return labels.to(device).expand(batch_size)
-
-    def network_labels(self, class_labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-        """What the network is given as class labels (B,) for the step count that the scheduler is set to."""
-        counts = self.scheduler.trained_steps
-        row = counts.index(self.scheduler.num_inference_steps) if counts else 0
-        return embedding_rows(class_labels, row, len(counts), self.num_classes, like)
+        return randn_tensor((batch_size, *image_shape), generator=generator, device=device, dtype=torch.float32)
 
     @property
     def has_stock_form(self) -> bool:
@@ -216,8 +184,7 @@ class RCFDPipeline(DiffusionPipeline):
             is none, and "init_noise_sigma", to be set on its scheduler.
         """
         self.scheduler.set_timesteps(num_inference_steps)
-        labels = None if self.num_classes is None else torch.zeros(1, dtype=torch.int64)
-        rows = self.network_labels(labels, torch.empty(1))
+        rows = self.denoiser.embedding_rows(torch.zeros(1, dtype=torch.int64), torch.empty(1))
         return {
             "timesteps": self.scheduler.timesteps.tolist(),
             "class_labels": None if rows is None else rows.tolist(),
@@ -351,28 +318,28 @@ def check_network(config) -> None:
         )
 
 
-def embedding_rows(
-    class_labels: torch.Tensor | None, row: int, counts: int, num_classes: int | None, like: torch.Tensor
-) -> torch.Tensor | None:
-    """The rows (B,) of a table of class embeddings that holds all classes for the first step count, then the second.
-
-    Args:
-        class_labels (`torch.Tensor`, *optional*): classes (B,), None for an unconditional model.
-        row (`int`): number of the step count among `counts`; below two of them the classes are the rows.
-        counts (`int`): step counts that share the table.
-        num_classes (`int`, *optional*): classes, None for an unconditional model.
-        like (`torch.Tensor`): gives batch size B and device.
-    """
-    if counts < 2:
-        return class_labels
+def check_class_labels(class_labels, num_classes: int | None, z: torch.Tensor) -> torch.Tensor | None:
+    """The class labels of a call as a tensor (B,) on the device of z (B, C, H, W), or None for no classes."""
+    if num_classes is None:
+        if class_labels is not None:
+            raise ValueError("`class_labels` must be None: this model is unconditional.")
+        return None
     if class_labels is None:
-        class_labels = torch.zeros(len(like), dtype=torch.int64, device=like.device)
-    return class_labels + row * (num_classes or 1)
+        raise ValueError(f"`class_labels` must be given, in 0..{num_classes - 1}: the model is class-conditional.")
+    labels = torch.as_tensor(class_labels)
+    if labels.is_floating_point() or labels.shape not in ((), (1,), (len(z),)):
+        raise ValueError(
+            f"`class_labels` must be one integer or {len(z)} integers, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}."
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"`class_labels` must be in 0..{num_classes - 1}, got {labels.tolist()}.")
+    return labels.to(z.device).expand(len(z))
 
 
 def pipeline_source() -> str:
     """The pipeline and its scheduler as one Python file that needs Diffusers and nothing of ours."""
-    parts = (require, names, saved_whole, schedule_betas, RCFDScheduler, RCFDPipeline)
+    parts = (require, names, saved_whole, schedule_betas, RCFDScheduler, Denoiser, RCFDPipeline)
     files = dict.fromkeys(inspect.getsourcefile(inspect.unwrap(part)) for part in parts)
     source = "\n\n".join(Path(file).read_text(encoding="utf-8") for file in files)
     return re.sub(r"^from diffusers_rcfd\S* import (\([^)]*\)|.*)\n", "", source, flags=re.MULTILINE)

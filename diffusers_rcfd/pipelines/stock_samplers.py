@@ -123,13 +123,13 @@ class StockSamplerPipeline(RCFDPipeline):
             ValueError: for arguments not allowed, among them a number of evaluations that the sampler cannot take.
         """
         stock = self.stock_scheduler(num_inference_steps)
-        x, class_labels, dtype = self._begin(batch_size, generator, class_labels, latents, output_type)
-        x, device = x * stock.init_noise_sigma, x.device
+        denoiser, x, class_labels = self._begin(batch_size, generator, class_labels, latents, output_type)
+        x = x * stock.init_noise_sigma
         for t in self.progress_bar(stock.timesteps):
             index = int(t)
             z = stock.scale_model_input(x, t)
-            output = self.unet(z.to(dtype), torch.tensor(index, device=device), class_labels, return_dict=False)[0]
-            x0 = self._predicted_x0(output.float(), z, index)
+            output = denoiser.predict(z, torch.tensor(index, device=z.device), class_labels)
+            x0 = self._predicted_x0(output, z, index)
             prediction = x0
             if stock.config.prediction_type == "epsilon":
                 prediction = eps_from_x0(x0, z, *self._unit_level(index))

@@ -79,15 +79,10 @@ class TrajectoryPipeline(RCFDPipeline):
         allowed = f"{self.num_evaluations}, the evaluations of its nodes"
         given = num_inference_steps in (None, self.num_evaluations)
         require(given, "num_inference_steps", num_inference_steps, allowed)
-        z, class_labels, dtype = self._begin(batch_size, generator, class_labels, latents, output_type)
+        denoiser, z, class_labels = self._begin(batch_size, generator, class_labels, latents, output_type)
         nodes, alpha = self.config.nodes, self.scheduler.alpha
         nu = (self.scheduler.sigma / alpha)[nodes].tolist()
-
-        def denoise(x, i):
-            z, t = alpha[nodes[i]].item() * x, torch.full((len(x),), nodes[i], device=x.device)
-            output = self.unet(z.to(dtype), t, class_labels, return_dict=False)[0]
-            return self.scheduler.predict_x0(output.float(), z, t)
-
         options = {"solver": self.config.solver, "order": self.config.order, "thresholding": self.config.thresholding}
-        x = solve(denoise, z / alpha[nodes[0]].item(), nu, **options)[-1]
+        x = z / alpha[nodes[0]].item()
+        x = solve(lambda x, i: denoiser.at_index(x, nodes[i], class_labels), x, nu, **options)[-1]
         return self._finish(self.scheduler.config.data_std * alpha[nodes[-1]].item() * x, output_type, return_dict)

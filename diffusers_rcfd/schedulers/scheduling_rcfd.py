@@ -156,6 +156,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = (1 - betas).cumprod(0)  # (n,), float64
         self.alpha = self.alphas_cumprod.sqrt() / data_std
         self.sigma = (1 - self.alphas_cumprod).sqrt()
+        self.nu = self.sigma / self.alpha  # noise level of x = z / alpha
         self._nodes = nodes_by_count(nodes, analytical_first_step, n)
         self.init_noise_sigma = 1.0  # deviation of the noise that the first evaluated step starts from
         self._device_tables = {}  # copies of (n, 2) and (N + 1, 2) tables where they were asked for

@@ -1,6 +1,5 @@
 """Training of the classifier whose features are distilled."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from diffusers_rcfd.hub.model_card import classifier_card
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.config import ClassifierConfig
-from diffusers_rcfd.trainers.generator import data_name
-from diffusers_rcfd.trainers.trainer import Stage, Trainer
+from diffusers_rcfd.trainers.trainer import Stage, Trainer, data_name
 
 
 class ClassifierTrainer(Trainer):
@@ -50,19 +48,21 @@ class ClassifierTrainer(Trainer):
         self.classifier, self.eval_dataset = classifier, eval_dataset
         self.accuracy = None
 
-    def stages(self, first: int) -> Iterator[Stage]:
-        """The classifier is the only stage."""
-        if first == 0:
-            yield Stage("classifier", 0, self.classifier, self.config.max_train_steps)
-            self.classifier = self.model
-        else:
-            self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
+    def run(self) -> FeatureClassifier:
+        """Train the classifier, the only stage; it is saved to `output_dir` and returned, with `accuracy` measured."""
+        if self.state.stage:
+            return FeatureClassifier.from_pretrained(str(self.output_dir))
+        stage = Stage("classifier", 0, self.classifier, self.config.max_train_steps)
+        self.fit(stage)
+        if self.accelerator.num_processes > 1:  # whose running statistics differ from one process to another
+            return FeatureClassifier.from_pretrained(str(self.output_dir))
+        return stage.model.eval()
 
     def made_by(self) -> dict[str, Any]:
         """Also by this network."""
         return super().made_by() | architecture(self.classifier)
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def draw(self, stage: Stage, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """How far to shift each image, and which ones to mirror."""
         device, padding = generator.device, self.config.random_crop_padding
         return {
@@ -70,32 +70,24 @@ class ClassifierTrainer(Trainer):
             "flip": torch.rand(batch_size, generator=generator, device=device) < self.config.random_flip / 2,
         }
 
-    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, stage: Stage, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Cross-entropy and accuracy on a batch."""
         images = shift_crop(batch["images"], batch["shift"], self.config.random_crop_padding)
-        logits = self.model(flip(images, batch["flip"])).logits.float()
+        logits = stage.model(flip(images, batch["flip"])).logits.float()
         loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.config.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(1) == batch["labels"]).float().mean()}
-
-    def train(self) -> FeatureClassifier:
-        """Train, save to `output_dir` with the held-out accuracy, and return the classifier."""
-        super().train()
-        if self.accelerator.num_processes > 1:  # whose running statistics differ from one process to another
-            self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
-        return self.classifier.eval()
 
     def evaluate_model(self, stage: Stage) -> None:
         """Measure the held-out accuracy."""
         if self.accelerator.is_main_process:
-            self.accuracy = self.evaluate()
+            self.accuracy = self.evaluate(self.unwrap(stage.model))
             self.write_metrics({"stage": stage.name, "step": self.state.step, "held_out_accuracy": self.accuracy})
 
     def finish_stage(self, stage: Stage) -> None:
         """Measure the held-out accuracy, if the last step did not, and save."""
-        self.classifier = stage.model
         if not self.config.eval_steps:
             self.evaluate_model(stage)
-        self.classifier.save_pretrained(str(self.output_dir))
+        stage.model.save_pretrained(str(self.output_dir))
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the classifier, unless there is one already."""
@@ -104,9 +96,9 @@ class ClassifierTrainer(Trainer):
             classifier_card(name, backbone, data_name(self.train_dataset), self.accuracy).save(folder / "README.md")
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Share of the held-out images that are classified right, in 0..1."""
-        classifier, device = self.classifier.eval(), self.accelerator.device
+    def evaluate(self, classifier: FeatureClassifier | None = None) -> float:
+        """Share of the held-out images that a classifier, the trainer's own by default, puts in the right class."""
+        classifier, device = (classifier or self.classifier).eval(), self.accelerator.device
         right = 0
         for start in range(0, len(self.eval_dataset), 512):
             indices = range(start, min(start + 512, len(self.eval_dataset)))

@@ -5,6 +5,7 @@ The help text of a field is its one documentation: it serves the command line, t
 
 from dataclasses import dataclass, field
 
+from diffusers_rcfd.distillation.objectives import COMPARISONS, Objective, parse_terms
 from diffusers_rcfd.evaluation.config import METRICS
 from diffusers_rcfd.validation import is_count, is_number, option, require, require_count, require_kinds
 
@@ -12,7 +13,6 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 WEIGHTINGS = ("both", "x", "eps")
 HUB_STRATEGIES = ("end", "every_rung", "checkpoint")
-DISTRIBUTIONS = ("features", "predictions", "spatial")
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -183,9 +183,15 @@ class ClassifierConfig(TrainingConfig):
 
 
 @dataclass
-class FeatureLossConfig(GeneratorConfig):
-    """How CFD compares two images through a classifier; shared by the trainers that do."""
+class DistillationConfig(GeneratorConfig):
+    """What the distillers share: the loss between a student's image and the one it should be."""
 
+    terms: list[str] | None = option(
+        None,
+        "The loss as a mixture of terms, name=weight each, in place of `objective`: 'image' (squared error, weighted "
+        "by the noise level), 'l1', 'lpips', 'feature_kl' (Eq. 4), 'prediction_kl', 'spatial', 'perceptual', "
+        "'entropy' (Eq. 5), 'diversity' (Eq. 6).",
+    )
     cfd_weight: float = option(1.0, "Weight of the CFD term; 0 leaves entropy and diversity alone (Table 2).")
     distribution: str = option(
         "features",
@@ -200,11 +206,13 @@ class FeatureLossConfig(GeneratorConfig):
         "spatial: which stages of the backbone, 0 the finest, -1 the last; unset: all. Their losses are averaged.",
     )
     dual_temperature: bool = option(False, "Temperature on teacher and student, loss times tau^2 (Eq. 8); tau > 0.")
+    loss_weighting: str = option("both", "Weighting of the term 'image': 'both' is the truncated SNR, 'x' or 'eps'.")
 
     def __post_init__(self):
         super().__post_init__()
         require(is_number(self.cfd_weight) and self.cfd_weight >= 0, "cfd_weight", self.cfd_weight, "at least 0")
-        require(self.distribution in DISTRIBUTIONS, "distribution", self.distribution, f"one of {DISTRIBUTIONS}")
+        comparisons = tuple(COMPARISONS)
+        require(self.distribution in comparisons, "distribution", self.distribution, f"one of {comparisons}")
         require(self.spatial_loss in ("l1", "kl"), "spatial_loss", self.spatial_loss, "'l1' or 'kl'")
         stages = self.feature_stages
         listed = isinstance(stages, (list, tuple)) and len(stages) > 0
@@ -212,9 +220,25 @@ class FeatureLossConfig(GeneratorConfig):
         require(stages is None or integers, "feature_stages", stages, "integers, one or more")
         spatial = self.distribution == "spatial"
         require(not (spatial and self.dual_temperature), "dual_temperature", True, "False with 'spatial'")
+        require(self.loss_weighting in WEIGHTINGS, "loss_weighting", self.loss_weighting, f"one of {WEIGHTINGS}")
+        if self.terms is not None:
+            require(isinstance(self.terms, (list, tuple)), "terms", self.terms, "a list of name=weight")
+            self.terms = list(self.terms)
+            parse_terms(self.terms)
 
     def check_temperature(self, tau: float) -> None:
         """Raise a `ValueError` for a temperature that Eq. 4 (or Eq. 8) does not know."""
         allowed = "above 0" if self.dual_temperature else "in (0, 1]"
         upper = float("inf") if self.dual_temperature else 1
         require(is_number(tau) and 0 < tau <= upper, "temperature", tau, allowed)
+
+    def objective_of(self, weights: dict[str, float], temperature: float) -> Objective:
+        """A table of weights with the options that its terms have."""
+        return Objective(
+            weights=weights,
+            temperature=temperature,
+            dual_temperature=self.dual_temperature,
+            spatial_loss=self.spatial_loss,
+            feature_stages=self.feature_stages,
+            loss_weighting=self.loss_weighting,
+        )

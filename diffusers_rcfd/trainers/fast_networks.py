@@ -10,20 +10,20 @@ NUMBER_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MULTIPLIED = (torch.nn.Conv2d, torch.nn.Linear)  # the layers that autocast computes in them
 
 
-def laid_out(config: TrainingConfig, network: torch.nn.Module) -> torch.nn.Module:
-    """The network itself, the weights of its convolutions in the order that `channels_last` says."""
+def set_memory_format(config: TrainingConfig, network: torch.nn.Module) -> torch.nn.Module:
+    """Order the weights of the convolutions as `channels_last` says, and return the network."""
     return network.to(memory_format=torch.channels_last) if config.channels_last else network
 
 
-def compiled(config: TrainingConfig, network: torch.nn.Module) -> torch.nn.Module:
-    """What to call in place of the network, whose weights it shares: with `torch_compile` its compiled form.
+def compile_network(config: TrainingConfig, network: torch.nn.Module) -> torch.nn.Module:
+    """Return what to call in place of the network: with `torch_compile` its compiled form, which shares its weights.
 
     Each shape is compiled by itself. The network stays as it is, for saving and for sampling in other batches.
     """
     return torch.compile(network, dynamic=False) if config.torch_compile else network
 
 
-def narrowed(config: TrainingConfig, network: torch.nn.Module) -> torch.nn.Module:
+def narrow(config: TrainingConfig, network: torch.nn.Module) -> torch.nn.Module:
     """With `mixed_precision` a copy that holds the weights as autocast would turn them in every call, else itself.
 
     Under autocast the copy computes the very same numbers, as only what autocast would cast is cast; but a U-Net with
@@ -39,7 +39,7 @@ def narrowed(config: TrainingConfig, network: torch.nn.Module) -> torch.nn.Modul
     return network
 
 
-def frozen(config: TrainingConfig, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """What to call in place of a network that training only asks, in eval mode on the device, its weights frozen."""
-    network = narrowed(config, getattr(network, "_orig_mod", network))  # the original, of a rung before
-    return compiled(config, laid_out(config, network.to(device).eval().requires_grad_(False)))
+def freeze(config: TrainingConfig, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Freeze a network that is used for inference only: what to call in its place, in eval mode on the device."""
+    network = narrow(config, getattr(network, "_orig_mod", network))  # the original, of a rung before
+    return compile_network(config, set_memory_format(config, network.to(device).eval().requires_grad_(False)))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
@@ -16,7 +15,6 @@ from diffusers_rcfd.trainers.batches import derived_seed
 from diffusers_rcfd.trainers.checkpoints import EVALUATION_FILE, write_json
 from diffusers_rcfd.trainers.config import GeneratorConfig
 from diffusers_rcfd.trainers.trainer import Stage, Trainer
-from diffusers_rcfd.validation import require
 
 COLLAPSED = 0.05  # share of the teacher's variety
 
@@ -46,18 +44,18 @@ class GeneratorTrainer(Trainer):
                     f"{config.best_metric!r}."
                 )
 
-    def sampler(self) -> tuple[RCFDPipeline, int | None]:
+    def sampler(self, stage: Stage) -> tuple[RCFDPipeline, int | None]:
         """The model under training as a pipeline, and the steps to sample it in (`None` for its own number)."""
         raise NotImplementedError
 
     def sample_images(self, stage: Stage) -> torch.Tensor:
         """Samples from noise that is the same at every call."""
-        pipeline, num_inference_steps = self.sampler()
+        pipeline, num_inference_steps = self.sampler(stage)
         return sample_grid(pipeline, self.config, num_inference_steps)
 
     def evaluate_model(self, stage: Stage) -> None:
         """Measure the model under training, record the values, and keep the weights if they are the best so far."""
-        pipeline, num_inference_steps = self.sampler()
+        pipeline, num_inference_steps = self.sampler(stage)
         images = self.config.eval_num_images
         result = self.evaluator.evaluate_pipeline(pipeline, images, num_inference_steps, progress=False)
         self.write_metrics({"stage": stage.name, "step": self.state.step, **result.named_values})
@@ -72,10 +70,10 @@ class GeneratorTrainer(Trainer):
                 self.record_evaluation(pipeline.scheduler.num_inference_steps, result)
         self.accelerator.wait_for_everyone()
 
-    def _prepare(self, stage: Stage, checkpoint: Path | None):
+    def _prepare(self, stage: Stage):
         if self.config.gradient_checkpointing:
             stage.model.enable_gradient_checkpointing()
-        return super()._prepare(stage, checkpoint)
+        return super()._prepare(stage)
 
     def choose_weights(self, stage: Stage) -> None:
         """Put the best weights into the model of a stage that is done, where that is asked for."""
@@ -124,24 +122,8 @@ class GeneratorTrainer(Trainer):
         )
         write_model_card(folder, run, existing)
 
-    def _judge(self, evaluator: Evaluator | None) -> Evaluator:
-        """The evaluator given, else the trainer's own; a `ValueError` without any."""
-        judge = evaluator or self.evaluator
-        require(judge is not None, "evaluator", None, "given, here or to the trainer")
-        return judge
-
     def _best_folder(self, stage: Stage) -> Path:
         return self.output_dir / "best" / stage.name
-
-
-def data_name(dataset: Dataset) -> str | None:
-    """The name that a data set was loaded by, where it has one."""
-    return getattr(dataset, "name", "").split(" [")[0] or None
-
-
-def conditioning(pipeline: RCFDPipeline, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """The class labels of a batch (B,), for a class-conditional model; else None."""
-    return batch["labels"] if pipeline.num_classes is not None else None
 
 
 def sample_grid(pipeline: RCFDPipeline, config, num_inference_steps: int | None = None) -> torch.Tensor:
@@ -158,25 +140,6 @@ def sample_grid(pipeline: RCFDPipeline, config, num_inference_steps: int | None 
         class_labels=labels,
         output_type="pt",
     ).images
-
-
-def as_pipeline(teacher: DiffusionPipeline) -> RCFDPipeline:
-    """A teacher as an `RCFDPipeline`: itself, or its network and scheduler, with its name.
-
-    Raises:
-        TypeError: if it is no pipeline with a `unet` and a `scheduler`.
-        ValueError: if its weights, from which the student starts, are narrower than float32.
-    """
-    if not isinstance(teacher, DiffusionPipeline) or not {"unet", "scheduler"} <= teacher.components.keys():
-        raise TypeError(f"`teacher` must be a pipeline with a unet and a scheduler, got {type(teacher).__name__}.")
-    dtype = teacher.unet.dtype
-    wide = dtype in (torch.float32, torch.float64)
-    require(wide, "teacher", dtype, "in float32, as loaded without `dtype`: `mixed_precision` narrows its passes")
-    if isinstance(teacher, RCFDPipeline):
-        return teacher
-    pipeline = RCFDPipeline(teacher.unet, teacher.scheduler)
-    pipeline.register_to_config(_name_or_path=teacher.name_or_path)
-    return pipeline
 
 
 def check_images_fit(pipeline: RCFDPipeline, dataset: Dataset) -> None:

@@ -1,7 +1,8 @@
-"""Distillation into few steps: progressive distillation, CFD and RCFD, down a whole ladder of students."""
+"""Distillation down a ladder of students: progressive distillation, CFD and RCFD."""
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,30 @@ import torch
 from diffusers import UNet2DModel
 from torch.utils.data import Dataset
 
-from diffusers_rcfd.data.image_tensors import flip
-from diffusers_rcfd.distillation.feature_terms import check_stages, feature_terms
+from diffusers_rcfd.distillation.pairs import Pair
 from diffusers_rcfd.distillation.rungs import Rung
-from diffusers_rcfd.distillation.targets import ddim_target
+from diffusers_rcfd.distillation.sources import SOURCES
+from diffusers_rcfd.distillation.terms import check_objective
 from diffusers_rcfd.evaluation.evaluator import Evaluator
-from diffusers_rcfd.losses.images import wide, x0_loss
-from diffusers_rcfd.losses.predictions import log_mean_prediction
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.trainers.checkpoints import architecture
-from diffusers_rcfd.trainers.fast_networks import frozen
-from diffusers_rcfd.trainers.generator import GeneratorTrainer, as_pipeline, check_images_fit, conditioning, data_name
+from diffusers_rcfd.trainers.distillation import Distillation, DistillationTrainer, Guides, LPIPSDistance, to_student
+from diffusers_rcfd.trainers.generator import check_images_fit
 from diffusers_rcfd.trainers.ladder_config import CFDDistillationConfig
-from diffusers_rcfd.trainers.trainer import Stage
+from diffusers_rcfd.trainers.trainer import Stage, data_name
 from diffusers_rcfd.validation import require
 
 
-class CFDDistillationTrainer(GeneratorTrainer):
+@dataclass(kw_only=True)
+class RungStage(Distillation):
+    """A student of the ladder on its way."""
+
+    rung: Rung
+
+
+class CFDDistillationTrainer(DistillationTrainer):
     """Distils a teacher into students of ever fewer steps; each rung's student is the next one's teacher.
 
     Args:
@@ -37,9 +43,16 @@ class CFDDistillationTrainer(GeneratorTrainer):
         train_dataset (`torch.utils.data.Dataset`): see `Trainer`.
         student (`UNet2DModel`, *optional*): first weights of the first student; the teacher's if not given.
         evaluator (`Evaluator`, *optional*): measures the student every `eval_steps`.
+        lpips (`Callable`, *optional*): for the term `lpips`, see `DistillationTrainer`.
 
     Raises:
         ValueError: if step counts, images, classifier and student do not fit the teacher.
+
+    Example:
+        ```python
+        config = CFDDistillationConfig("runs/mine", student_steps=[4, 2, 1], max_train_steps=300)
+        student = CFDDistillationTrainer(teacher, classifier, config, load_image_data("digits")).train()
+        ```
     """
 
     def __init__(
@@ -50,90 +63,84 @@ class CFDDistillationTrainer(GeneratorTrainer):
         train_dataset: Dataset = None,
         student: UNet2DModel | None = None,
         evaluator: Evaluator | None = None,
+        lpips: LPIPSDistance | None = None,
     ):
         config = config or CFDDistillationConfig()
-        super().__init__(config, train_dataset, evaluator)
-        teacher = as_pipeline(teacher)
-        scheduler = teacher.scheduler
+        super().__init__(teacher, classifier, config, train_dataset, lpips, evaluator)
+        scheduler = self.teacher.scheduler
         require(not scheduler.config.nodes, "teacher", scheduler.config.nodes, "on the uniform grid, without `nodes`")
-        self.teacher, self.student, self.classifier = teacher, student, classifier
+        self.student = student
         self.rungs = config.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
-        check_images_fit(teacher, train_dataset)
-        self._check_student()
-        check_classifier_fits(classifier, teacher.image_shape, self.rungs, config)
-        self.rung, self.log_p_mean = self.rungs[0], None
-        self.teacher_name = teacher.config.get("_name_or_path")
-        self._architecture = architecture(student or teacher.unet)
-
-    def _check_student(self) -> None:
-        if self.student is None:
-            return
-        for name in ("sample_size", "in_channels", "out_channels", "num_class_embeds"):
-            given, wanted = self.student.config[name], self.teacher.unet.config[name]
-            if given != wanted:
-                raise ValueError(f"`student` must have the teacher's {name}={wanted}, got {given}.")
-
-    def stages(self, first: int) -> Iterator[Stage]:
-        """A student for each rung, from rung `first` on, each copied from its teacher."""
-        if first:
-            self.teacher = RCFDPipeline.from_pretrained(str(self.output_dir / self.rungs[first - 1].name))
-        for index, rung in enumerate(self.rungs[first:], first):
-            self.rung = rung
-            student = self.student if self.student is not None and index == 0 else copy.deepcopy(self.teacher.unet)
-            device = self.accelerator.device
-            self.teacher = RCFDPipeline(frozen(self.config, self.teacher.unet, device), self.teacher.scheduler)
-            scheduler_config = dict(self.teacher.scheduler.config) | {"num_inference_steps": self.rung.student_steps}
-            self.scheduler = RCFDScheduler.from_config(scheduler_config)
-            if self.classifier is not None:
-                self.classifier = frozen(self.config, self.classifier, device)
-            without_dropout(student).requires_grad_(True)
-            student.register_to_config(_name_or_path=rung.name)  # not the folder that its teacher was loaded from
-            yield Stage(self.rung.name, index, student, self.rung.max_train_steps)
-            self.teacher = RCFDPipeline(self.model, self.scheduler)
+        check_images_fit(self.teacher, train_dataset)
+        check_student_fits(student, self.teacher)
+        check_rungs(self.rungs, config, self.teacher.image_shape, classifier, lpips)
+        self._architecture = architecture(student or self.teacher.unet)
 
     def made_by(self) -> dict[str, Any]:
         """Also by this network and these rungs."""
         ladder = [f"{rung.student_steps} steps from {rung.teacher_steps} by {rung.objective}" for rung in self.rungs]
         return super().made_by() | self._architecture | {"ladder": ladder}
 
-    def train(self) -> RCFDPipeline:
-        """Run the ladder; each student is saved as `output_dir/N-step`, and the last one is returned."""
-        super().train()
-        return self.teacher
+    def run(self) -> RCFDPipeline:
+        """Climb down the ladder; each student is saved as `output_dir/N-step`, and the last one is returned."""
+        teacher, guides = self.teacher, self.freeze_guides()
+        for index in range(len(self.rungs)):
+            teacher = self.distil(index, teacher, guides)
+        return teacher
+
+    def distil(self, index: int, teacher: RCFDPipeline, guides: Guides) -> RCFDPipeline:
+        """The student of a rung, distilled from its teacher, or loaded where it was finished before."""
+        if index < self.state.stage:
+            return RCFDPipeline.from_pretrained(str(self.output_dir / self.rungs[index].name))
+        stage = self.begin_rung(index, teacher, guides)
+        self.fit(stage)
+        return RCFDPipeline(stage.model, stage.scheduler)
+
+    def begin_rung(self, index: int, teacher: RCFDPipeline, guides: Guides) -> RungStage:
+        """The student of a rung at its start, a copy of its teacher, with what it learns from."""
+        rung = self.rungs[index]
+        student = self.student if self.student is not None and index == 0 else copy.deepcopy(teacher.unet)
+        return RungStage(
+            name=rung.name,
+            index=index,
+            model=to_student(student, rung.name),
+            max_train_steps=rung.max_train_steps,
+            rung=rung,
+            teacher=self.freeze_teacher(teacher),
+            scheduler=RCFDScheduler.from_config(
+                dict(teacher.scheduler.config) | {"num_inference_steps": rung.student_steps}
+            ),
+            objective=self.config.objective_of(dict(rung.terms), rung.temperature),
+            guides=guides,
+            autocast=self.accelerator.autocast,
+        )
+
+    def draw(self, stage: RungStage, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Noise, steps k uniform on the student's grid 1..N, and which images to mirror."""
+        shape, device = (batch_size, *self.teacher.image_shape), generator.device
+        return {
+            "noise": torch.randn(shape, generator=generator, device=device),
+            "k": torch.randint(1, stage.rung.student_steps + 1, (batch_size,), generator=generator, device=device),
+            "flip": torch.rand(batch_size, generator=generator, device=device) < self.config.random_flip / 2,
+        }
+
+    def pairs(self, stage: RungStage, batch: dict[str, torch.Tensor]) -> Iterator[Pair]:
+        """The pairs that the rung's source makes of a batch, see `distillation.ladder.ladder_pairs`."""
+        return SOURCES[self.config.source](stage.student(), stage.teacher, stage.rung, batch)
 
     def finish_stage(self, stage: Stage) -> None:
         """Save the student of this rung."""
-        RCFDPipeline(stage.model, self.scheduler).save_pretrained(self.output_dir / stage.name)
+        RCFDPipeline(stage.model, stage.scheduler).save_pretrained(self.output_dir / stage.name)
+
+    def students(self) -> list[tuple[str, Path, int]]:
+        """The rungs that are finished."""
+        folders = [(rung.name, self.output_dir / rung.name, rung.student_steps) for rung in self.rungs]
+        return [student for student in folders if (student[1] / "model_index.json").is_file()]
 
     def published_folders(self) -> list[tuple[Path, str | None]]:
         """Each finished student on a branch named like its folder, "4-step", and the last of them on `main`."""
-        folders = [(self.output_dir / rung.name, rung.name) for rung in self.rungs]
-        folders = [(folder, name) for folder, name in folders if (folder / "model_index.json").is_file()]
+        folders = [(folder, name) for name, folder, _ in self.students()]
         return [*folders, (folders[-1][0], None)] if folders else []
-
-    def evaluate(self, evaluator: Evaluator | None = None, num_images: int = 50_000) -> dict[int, dict]:
-        """Evaluate every finished student in its own number of steps, for the metrics file and the cards.
-
-        Args:
-            evaluator (`Evaluator`, *optional*): the metrics and the reference; the trainer's own if not given.
-            num_images (`int`, defaults to 50 000): generated images of each student.
-
-        Returns:
-            `dict[int, dict]`: `EvaluationResult.to_dict()` by student steps, saved as `evaluation.json`.
-
-        Raises:
-            ValueError: if there is no evaluator.
-        """
-        judge, results = self._judge(evaluator), {}
-        for rung in self.rungs:
-            if (self.output_dir / rung.name / "model_index.json").is_file():
-                student = RCFDPipeline.from_pretrained(str(self.output_dir / rung.name)).to(self.accelerator.device)
-                result = judge.evaluate_pipeline(student, num_images)
-                results[rung.student_steps] = result.to_dict()
-                self.write_metrics({"stage": rung.name, **result.named_values})
-                if self.accelerator.is_main_process:
-                    self.record_evaluation(rung.student_steps, result)
-        return results
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the student in `folder`, with a grid of its samples."""
@@ -145,110 +152,33 @@ class CFDDistillationTrainer(GeneratorTrainer):
             rungs=self.rungs[: index + 1],
             teacher=self.teacher_name,
             dataset=data_name(self.train_dataset),
-            classifier=None if self.classifier is None else self.classifier.config.backbone,
+            classifier=self.describe_guide(),
         )
 
-    def sampler(self) -> tuple[RCFDPipeline, None]:
-        """The student, in its own number of steps."""
-        return RCFDPipeline(self._unwrapped(), self.scheduler), None
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Noise, steps k uniform on the student's grid 1..N, and which images to mirror."""
-        shape, device = (batch_size, *self.teacher.image_shape), generator.device
-        return {
-            "noise": torch.randn(shape, generator=generator, device=device),
-            "k": torch.randint(1, self.rung.student_steps + 1, (batch_size,), generator=generator, device=device),
-            "flip": torch.rand(batch_size, generator=generator, device=device) < self.config.random_flip / 2,
-        }
-
-    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Named terms of the rung's objective, on a batch.
-
-        Args:
-            batch (`dict`): "images" in [-1, 1] and "noise", both (B, C, H, W); "k" (B,) in 1..N; "flip" (B,);
-                "labels" (B,) for a class-conditional teacher.
-
-        Returns:
-            `dict`: scalars "loss"; for cfd and rcfd "cfd" and those of `spread`; for rcfd "entropy" and "diversity".
-        """
-        scheduler, rung = self.scheduler, self.rung
-        labels = conditioning(self.teacher, batch)
-
-        def teacher(z, t):
-            with self.accelerator.autocast():
-                prediction = self.teacher.unet(z, t, labels).sample
-            return scheduler.predict_x0(wide(prediction), z, t)
-
-        z_t, t = self._noisy(batch)
-        # First the target: the teacher needs no memory any more when that of the student's activations is taken.
-        x0_target = ddim_target(teacher, scheduler, z_t, batch["k"], rung.student_steps, rung.teacher_steps)
-        x0_pred = self._predict(z_t, t, labels)
-        if rung.objective == "pd":
-            alpha, sigma = scheduler.alpha_sigma(t, z_t)
-            return {"loss": x0_loss(x0_pred, x0_target, alpha, sigma, self.config.loss_weighting).mean()}
-        regularization = (rung.regularization_weight, rung.entropy_ratio) if rung.objective == "rcfd" else None
-        with self.accelerator.autocast():
-            return feature_terms(self.classifier, x0_pred, x0_target, self.config, rung.temperature, regularization,
-                                 self.log_p_mean)  # fmt: skip
-
-    def prepare_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
-        """The mean prediction over all batches of a step: the diversity of many (Eq. 6) is no mean of theirs."""
-        self.log_p_mean = None
-        if len(batches) > 1 and self.rung.regularization_weight * (1 - self.rung.entropy_ratio) > 0:
-            with torch.no_grad(), self.accelerator.autocast():
-                x0 = [self._predict(*self._noisy(batch), conditioning(self.teacher, batch)) for batch in batches]
-                logits = [self.classifier(images).logits for images in x0]
-                self.log_p_mean = log_mean_prediction(torch.cat(logits))
-
-    def _noisy(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the student is to predict from: z_t (B, C, H, W) and t (B,)."""
-        x0 = flip(batch["images"], batch["flip"])
-        t = self.scheduler.step_table(self.rung.student_steps, like=x0)[0][batch["k"]]
-        return self.scheduler.add_noise(x0, batch["noise"], t), t
-
-    def _predict(self, z_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The student's x0 (B, C, H, W)."""
-        return self.scheduler.predict_x0(self.model(z_t, t, labels).sample, z_t, t)
+def check_student_fits(student: UNet2DModel | None, teacher: RCFDPipeline) -> None:
+    """Raise a `ValueError` if a student of its own does not take and give what its teacher does."""
+    for name in ("sample_size", "in_channels", "out_channels", "num_class_embeds") if student is not None else ():
+        given, wanted = student.config[name], teacher.unet.config[name]
+        require(given == wanted, "student", f"{name}={given}", f"a network with the teacher's {name}={wanted}")
 
 
-def without_dropout(unet: UNet2DModel) -> UNet2DModel:
-    """The network itself, which no longer drops anything in training."""
-    for module in unet.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    unet.register_to_config(dropout=0.0)
-    return unet
-
-
-def check_classifier_fits(
-    classifier: FeatureClassifier | None,
-    image_shape: tuple[int, int, int],
+def check_rungs(
     rungs: list[Rung],
     config: CFDDistillationConfig,
+    image_shape: tuple[int, int, int],
+    classifier: FeatureClassifier | None,
+    lpips: LPIPSDistance | None = None,
 ) -> None:
-    """Raise a `ValueError` if the rungs need a classifier that is missing or cannot serve them.
+    """Raise a `ValueError` if a rung's source is unknown or its loss cannot be computed, before any training.
 
     Args:
-        classifier (`FeatureClassifier`, *optional*): the classifier.
-        image_shape (`tuple[int, int, int]`): (C, H, W) of the images that it is to see.
         rungs (`list[Rung]`): the ladder.
         config (`CFDDistillationConfig`): where the rungs come from.
+        image_shape (`tuple[int, int, int]`): (C, H, W) of the images.
+        classifier (`FeatureClassifier`, *optional*): what the losses look through.
+        lpips (`Callable`, *optional*): see `DistillationTrainer`.
     """
-    guided = [rung for rung in rungs if rung.objective != "pd"]
-    if not guided:
-        return
-    if classifier is None:
-        raise ValueError(f"`classifier` is needed by objective {guided[0].objective!r}; only 'pd' does without.")
-    wanted, num_classes, channels = classifier.config.in_channels, classifier.config.num_classes, image_shape[0]
-    if channels != wanted and channels != 1:
-        raise ValueError(f"`classifier` must take images of {channels} channel(s), got one for {wanted}.")
-    uses_predictions = any(rung.regularization_weight > 0 for rung in guided)
-    if uses_predictions and num_classes < 2:
-        raise ValueError(
-            f"`classifier` must have at least 2 classes for entropy and diversity, got {num_classes}: use objective "
-            "'cfd' or `regularization_weight=0`."
-        )
-    if config.cfd_weight == 0 and not uses_predictions:
-        raise ValueError("`cfd_weight` must be above 0 where `regularization_weight` is 0: no loss is left.")
-    if config.distribution == "spatial":
-        check_stages(classifier, image_shape, config)
+    require(config.source in SOURCES, "source", config.source, f"one of {tuple(SOURCES)}")
+    for rung in rungs:
+        check_objective(config.objective_of(dict(rung.terms), rung.temperature), image_shape, classifier, lpips)

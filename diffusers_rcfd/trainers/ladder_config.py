@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers_rcfd.distillation.objectives import OBJECTIVES, Weights, parse_terms
 from diffusers_rcfd.distillation.rungs import Rung
-from diffusers_rcfd.trainers.config import LR_SCHEDULERS, WEIGHTINGS, FeatureLossConfig
+from diffusers_rcfd.trainers.config import LR_SCHEDULERS, DistillationConfig
 from diffusers_rcfd.validation import is_count, is_number, option, require
-
-OBJECTIVES = ("pd", "cfd", "rcfd")
 
 # The options that take one value for each rung of a ladder.
 PER_RUNG = ("teacher_steps", "objective", "temperature", "regularization_weight", "entropy_ratio", "max_train_steps")
@@ -20,7 +19,7 @@ LOSS_PRESETS = {
 
 
 @dataclass
-class CFDDistillationConfig(FeatureLossConfig):
+class CFDDistillationConfig(DistillationConfig):
     """A ladder of students, each the next one's teacher, with the paper's appendix C.4 as defaults.
 
     Options said to be for each rung take one value for all, or as many as `student_steps` has.
@@ -34,9 +33,10 @@ class CFDDistillationConfig(FeatureLossConfig):
     )
     objective: list[str] = option(
         ["rcfd"],
-        "For each rung: 'pd' matches images (Eq. 2), 'cfd' the classifier's feature distribution (Eq. 4), 'rcfd' adds "
-        "entropy and diversity (Eq. 7).",
+        "For each rung: 'pd' matches images (Eq. 2), 'l1' too, by their mean absolute error; 'cfd' the classifier's "
+        "feature distribution (Eq. 4), 'rcfd' adds entropy and diversity (Eq. 7).",
     )
+    source: str = option("ladder", "Where the pairs of student and target come from: one of `SOURCES`.")
     preset: str | None = option(
         "resnet18",
         f"Paper's temperature, weight and ratio for a classifier: one of {tuple(LOSS_PRESETS)} or none. It names "
@@ -52,7 +52,6 @@ class CFDDistillationConfig(FeatureLossConfig):
     max_train_steps: list[int] | None = option(
         None, "Optimizer steps, for each rung. Unset: the paper's 10 000 down to 4 student steps, 20 000 below."
     )
-    loss_weighting: str = option("both", "Weighting of pd: 'both' is the truncated SNR, 'x' or 'eps'.")
     learning_rate: float = option(5e-5, "Peak learning rate, of each rung anew.")
     lr_scheduler: str = option("cosine", f"Learning-rate schedule of Diffusers: one of {LR_SCHEDULERS}.")
 
@@ -88,7 +87,7 @@ class CFDDistillationConfig(FeatureLossConfig):
         for K in self.teacher_steps or ():
             require(is_count(K, 1), "teacher_steps", K, "positive integers")
         for objective in self.objective:
-            require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
+            require(objective in OBJECTIVES, "objective", objective, f"one of {tuple(OBJECTIVES)}")
         if self.preset in ("none", ""):
             self.preset = None
         presets = tuple(LOSS_PRESETS)
@@ -99,7 +98,6 @@ class CFDDistillationConfig(FeatureLossConfig):
             require(is_number(beta) and beta >= 0, "regularization_weight", beta, "a number of at least 0")
         for gamma in self.entropy_ratio or ():
             require(is_number(gamma) and 0 <= gamma <= 1, "entropy_ratio", gamma, "in [0, 1]")
-        require(self.loss_weighting in WEIGHTINGS, "loss_weighting", self.loss_weighting, f"one of {WEIGHTINGS}")
 
     def rungs(self, teacher_num_inference_steps: int | None, last_index: int) -> list[Rung]:
         """The ladder below a teacher.
@@ -130,9 +128,14 @@ class CFDDistillationConfig(FeatureLossConfig):
             tau, beta, gamma = (
                 default if value is None else value for value, default in zip(given, (tau, beta, gamma), strict=True)
             )
-            objective = self._of_rung("objective", i)
             iterations = self._of_rung("max_train_steps", i) or (10_000 if N >= 4 else 20_000)
-            rungs.append(Rung(N, K, objective, tau, beta if objective == "rcfd" else 0.0, gamma, iterations))
+            if self.terms is None:
+                objective = self._of_rung("objective", i)
+                weights = OBJECTIVES[objective](Weights(self.distribution, self.cfd_weight, beta, gamma))
+            else:
+                objective, weights = " ".join(self.terms), parse_terms(self.terms)
+            beta = beta if "diversity" in weights else 0.0
+            rungs.append(Rung(N, K, objective, tau, beta, gamma, iterations, tuple(weights.items())))
             above = N
         return rungs
 

@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
+from diffusers_rcfd.distillation.objectives import OBJECTIVES, Weights, parse_terms
 from diffusers_rcfd.schedulers.names import TEACHER_SOLVERS
-from diffusers_rcfd.trainers.config import LR_SCHEDULERS, FeatureLossConfig
+from diffusers_rcfd.trainers.config import LR_SCHEDULERS, DistillationConfig
 from diffusers_rcfd.validation import is_count, is_number, option, require
-
-SFD_OBJECTIVES = ("l1", "cfd", "rcfd")
 
 
 @dataclass
-class SFDDistillationConfig(FeatureLossConfig):
+class SFDDistillationConfig(DistillationConfig):
     """Simple and Fast Distillation, with the paper's CIFAR-10 settings as defaults (Zhou et al. 2024)."""
 
     student_steps: list[int] = option(
@@ -37,17 +36,17 @@ class SFDDistillationConfig(FeatureLossConfig):
     )
     objective: str = option(
         "l1",
-        "'l1' between the states at the next node (SFD); 'cfd' (Eq. 4) or 'rcfd' (Eq. 7) between the denoised images "
-        "of student and teacher that lead there.",
+        "'l1' between the states at the next node (SFD), a mean over pixels; 'cfd' (Eq. 4), 'rcfd' (Eq. 7) or 'pd' "
+        "(Eq. 2) between the denoised images of student and teacher that lead there.",
     )
-    l1_weight: float = option(0.0, "cfd, rcfd: weight of the l1 added to them.")
+    l1_weight: float = option(0.0, "cfd, rcfd, pd: weight of the l1 added to them.")
     temperature: float = option(1.0, "cfd, rcfd: tau in (0, 1], sharpens the teacher's features.")
     regularization_weight: float = option(0.003, "rcfd: beta, weight of entropy and diversity.")
     entropy_ratio: float = option(0.75, "rcfd: gamma in [0, 1], entropy's share of that weight.")
     perceptual_weight: float = option(
         1.0,
         "l1, second stage (the teacher is a student of SFD): weight at the last node of LPIPS where it is given, else "
-        "of the classifier's spatial features, as beside a mean l1; 0 for none.",
+        "of the classifier's spatial features; 0 for none.",
     )
     max_train_steps: int = option(
         1563, "Batches of trajectories, each with an optimizer step at every evaluated node; the paper's 200 000."
@@ -76,7 +75,7 @@ class SFDDistillationConfig(FeatureLossConfig):
         )
         order = self.solver_order
         require(is_count(order, 1) and order <= 3, "solver_order", order, "1, 2 or 3")
-        require(self.objective in SFD_OBJECTIVES, "objective", self.objective, f"one of {SFD_OBJECTIVES}")
+        require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {tuple(OBJECTIVES)}")
         for name in ("sigma_max", "sigma_min", "rho"):
             value = getattr(self, name)
             require(is_number(value) and value > 0, name, value, "a number above 0")
@@ -96,8 +95,8 @@ class SFDDistillationConfig(FeatureLossConfig):
         self.check_temperature(self.temperature)
         if self.objective == "l1":
             require(self.l1_weight == 0, "l1_weight", self.l1_weight, "0 for objective 'l1', which is nothing else")
-        elif self.l1_weight == self.cfd_weight == 0 and (self.objective == "cfd" or self.regularization_weight == 0):
-            require(False, "cfd_weight", 0, "above 0 where no other loss is left")
+        left = any(self.weights(second_stage=False, lpips=False).values())
+        require(left, "cfd_weight", self.cfd_weight, "above 0 where no other loss is left")
         if self.nodes is not None:
             self._take_nodes()
 
@@ -118,3 +117,18 @@ class SFDDistillationConfig(FeatureLossConfig):
     def teacher_steps_of(self, student_steps: int) -> int:
         """Teacher steps K for each step of a student of so many evaluations."""
         return self.teacher_steps[self.student_steps.index(student_steps) if len(self.teacher_steps) > 1 else 0]
+
+    def weights(self, second_stage: bool, lpips: bool) -> dict[str, float]:
+        """The terms of the loss and their weights.
+
+        Args:
+            second_stage (`bool`): the teacher is a student of SFD, which adds a perceptual term to l1.
+            lpips (`bool`): whether LPIPS is at hand for it; else the classifier's spatial features are.
+        """
+        if self.terms is not None:
+            return parse_terms(self.terms)
+        options = Weights(self.distribution, self.cfd_weight, self.regularization_weight, self.entropy_ratio)
+        weights = OBJECTIVES[self.objective](options)
+        if "l1" not in weights:
+            return weights | {"l1": self.l1_weight}
+        return weights | ({"lpips" if lpips else "perceptual": self.perceptual_weight} if second_stage else {})

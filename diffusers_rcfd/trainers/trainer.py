@@ -9,10 +9,11 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from diffusers_rcfd.trainers.checkpoints import (
     write_json,
 )
 from diffusers_rcfd.trainers.config import TrainingConfig
-from diffusers_rcfd.trainers.fast_networks import compiled, laid_out
+from diffusers_rcfd.trainers.fast_networks import compile_network, set_memory_format
 from diffusers_rcfd.trainers.interruption import Interruption, host_group, largest_of_all
 from diffusers_rcfd.trainers.optimization import (
     average_step,
@@ -59,17 +60,28 @@ from diffusers_rcfd.trainers.skipped_steps import SkippedSteps, means_of_taken
 
 @dataclass
 class Stage:
-    """One model, trained from its first step to its last: the only stage of most trainers, a rung of a ladder."""
+    """One model on its way from its first step to its last: all that most trainers have, or a rung of a ladder.
+
+    Args:
+        name (`str`): what it is called in folders, metrics and messages.
+        index (`int`): its number, from 0.
+        model (`torch.nn.Module`): the model; while it is trained, as Accelerate and `torch.compile` have wrapped it.
+        max_train_steps (`int`): steps of the loop.
+        ema (`EMAModel`, *optional*): the averaged weights, while it is trained and where they are kept.
+        unsharded (`torch.nn.Module`, *optional*): with FSDP2 a copy on the CPU that takes the final weights.
+    """
 
     name: str
     index: int
     model: torch.nn.Module
     max_train_steps: int
+    ema: EMAModel | None = None
+    unsharded: torch.nn.Module | None = None
 
 
 class Trainer:
-    """Base of the trainers. A trainer gives `stages`, `draw` and `compute_loss`, and may extend `made_by`,
-    `num_optimizer_steps`, `prepare_step`, `finish_stage` and `sample_images`; `train` does the rest.
+    """Base of the trainers. A trainer gives `run`, `draw` and `compute_loss`, and may extend `made_by`,
+    `optimizer_steps`, `finish_stage` and `sample_images`; `train` does the rest.
 
     Args:
         config (`TrainingConfig`): the options.
@@ -91,8 +103,6 @@ class Trainer:
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
         self.state = TrainerState()
-        self.model = None  # of the stage under way, prepared by Accelerate
-        self.ema = None
         self.repo_id = None
         self.checkpoint = None  # the last one written, or resumed from
         for name in ("sample_steps", "eval_steps"):
@@ -110,8 +120,8 @@ class Trainer:
 
     # --- what a trainer gives -----------------------------------------------------------------------------------
 
-    def stages(self, first: int) -> Iterator[Stage]:
-        """The models to train, one after another, from stage `first` on."""
+    def run(self) -> Any:
+        """Train the stages, one after another by `fit`, and return what `train` returns."""
         raise NotImplementedError
 
     def made_by(self) -> dict[str, Any]:
@@ -124,18 +134,20 @@ class Trainer:
             made_by["num_processes"] = accelerator.num_processes
         return made_by
 
-    def num_optimizer_steps(self, batch: dict[str, torch.Tensor]) -> int:
-        """How many optimizer steps the batches of a step give, one after another; the same for each of them."""
-        return 1
-
-    def prepare_step(self, batches: list[dict[str, torch.Tensor]]) -> None:
-        """Look at all batches of an optimizer step, before `compute_loss` sees one after another."""
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The random numbers that `compute_loss` needs for a batch, each (batch_size, ...), by name."""
+    def draw(self, stage: Stage, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The random numbers that a loss needs for a batch, each (batch_size, ...), by name."""
         raise NotImplementedError
 
-    def compute_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def optimizer_steps(
+        self, stage: Stage, batches: list[dict[str, torch.Tensor]]
+    ) -> Iterator[list[Callable[[], dict[str, torch.Tensor]]]]:
+        """The optimizer steps of a step of the loop: for each, the losses of the batches, as functions to call.
+
+        What a function returns are named scalars, among them "loss".
+        """
+        yield [partial(self.compute_loss, stage, batch) for batch in batches]
+
+    def compute_loss(self, stage: Stage, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Named scalar terms of the loss, among them "loss", of `batch`: images (B, C, H, W), labels and draws."""
         raise NotImplementedError
 
@@ -153,8 +165,8 @@ class Trainer:
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Train every stage, from the beginning or from a checkpoint.
+    def train(self) -> Any:
+        """Train every stage, from the beginning or from a checkpoint, and return the result.
 
         Raises:
             ValueError: if `output_dir` is not empty and neither resumed from nor overwritten, or a checkpoint is
@@ -175,33 +187,33 @@ class Trainer:
         self._seconds = lambda: time.perf_counter() - began
         self._host_group = host_group(self.accelerator)
         with Interruption() as self._interruption:
-            for stage in self.stages(self.state.stage):
-                self._run_stage(stage, checkpoint)
-                checkpoint = None
+            result = self.run()
             if self._interruption.signal:
                 raise SystemExit(128 + self._interruption.signal)
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.push_to_hub()
         for tracker in self.accelerator.trackers:  # not `end_training`, after which no other trainer could follow
             tracker.finish()
+        return result
 
-    def _run_stage(self, stage: Stage, checkpoint: Path | None) -> None:
+    def fit(self, stage: Stage) -> None:
+        """Train a stage from where the run stands to its end; its model is then plain and holds the final weights."""
         config, accelerator, state = self.config, self.accelerator, self.state
-        optimizer, lr_scheduler = self._prepare(stage, checkpoint)
+        optimizer, lr_scheduler = self._prepare(stage)
         batches = endless_batches(accelerator, self.train_dataset, config, state)
         bar = tqdm(
             total=stage.max_train_steps,
             initial=state.step,
             desc=stage.name,
             unit="step",
-            **({} if accelerator.is_local_main_process else {"disable": True}),  # TQDM_DISABLE has its say
+            **({} if accelerator.is_local_main_process else {"disable": True}),  # else TQDM_DISABLE is respected
         )
         skipped = SkippedSteps(config.max_skipped_steps, accelerator.scaler)
         window = window_of(state, accelerator.process_index, accelerator.num_processes)
         sums = {name: torch.tensor(value, device=accelerator.device) for name, value in window.items()}
         while state.step < stage.max_train_steps:
             step_batches = self._next_step(stage, batches, sums)
-            for terms in self._train_step(step_batches, optimizer, lr_scheduler):
+            for terms in self._train_step(stage, step_batches, optimizer, lr_scheduler):
                 sums = skipped.add(terms, sums)
             state.step += 1
             state.global_step += 1
@@ -214,34 +226,33 @@ class Trainer:
             if logging:
                 sums = self._log(stage, means_of_taken(sums), lr_scheduler.get_last_lr()[0], bar)
             if config.eval_steps and (state.step % config.eval_steps == 0 or last):
-                with self._averaged_weights():
+                with self._averaged_weights(stage):
                     self.evaluate_model(stage)
             if config.sample_steps and (state.step % config.sample_steps == 0 or last):
                 self._save_samples(stage)
             if config.checkpointing_steps and state.step % config.checkpointing_steps == 0 and not last:
-                self._save_checkpoint(sums)
+                self._save_checkpoint(stage, sums)
         bar.close()
         self._end_stage(stage)
 
-    def _prepare(self, stage: Stage, checkpoint: Path | None):
+    def _prepare(self, stage: Stage):
         """Give the stage's model to Accelerate with its optimizer, and put back what a checkpoint holds."""
         config, accelerator = self.config, self.accelerator
-        laid_out(config, stage.model.to(accelerator.device)).train()
+        set_memory_format(config, stage.model.to(accelerator.device)).train()
         parameters = [parameter for parameter in stage.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config, parameters)
         lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
                                      num_training_steps=stage.max_train_steps,
                                      step_rules=f"1:{max(1, stage.max_train_steps // 2)},0.1")  # fmt: skip
-        self._whole_model = copy.deepcopy(stage.model).cpu() if accelerator.is_fsdp2 else None
-        self.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
-        self.model = compiled(config, self.model)
+        stage.unsharded = copy.deepcopy(stage.model).cpu() if accelerator.is_fsdp2 else None
+        stage.model, optimizer, lr_scheduler = accelerator.prepare(stage.model, optimizer, lr_scheduler)
+        stage.model = compile_network(config, stage.model)
         begin_momentum(optimizer)
-        self.ema = None
         if config.ema_decay:
             foreach = not accelerator.is_fsdp2  # whose parameters `copy_to` then copies one by one
-            self.ema = EMAModel(self._unwrapped().parameters(), decay=config.ema_decay, foreach=foreach)
-        if checkpoint is not None and self.state.step:
-            load_checkpoint(accelerator, checkpoint, self.state, optimizer, self.ema)
+            stage.ema = EMAModel(self.unwrap(stage.model).parameters(), decay=config.ema_decay, foreach=foreach)
+        if self.state.step:
+            load_checkpoint(accelerator, self.checkpoint, self.state, optimizer, stage.ema)
         return optimizer, lr_scheduler
 
     def _next_step(self, stage: Stage, batches: Iterator[dict], sums: dict) -> list[dict[str, torch.Tensor]]:
@@ -262,7 +273,7 @@ class Trainer:
             return [batch | draws for batch, draws in zip(fetched, self._draws(stage), strict=True)]
         state.streams = streams
         if self.checkpoint != self.output_dir / f"checkpoint-{state.global_step}":
-            self._save_checkpoint(sums)
+            self._save_checkpoint(stage, sums)
         if number > 1:
             raise SystemExit(128 + number)
         name = getattr(self.train_dataset, "name", type(self.train_dataset).__name__)
@@ -272,30 +283,29 @@ class Trainer:
             f"{self.checkpoint} and goes on with `resume_from_checkpoint='latest'`."
         ) from error
 
-    def _train_step(self, batches: list[dict], optimizer, lr_scheduler) -> list[dict[str, torch.Tensor]]:
+    def _train_step(self, stage: Stage, batches: list[dict], optimizer, lr_scheduler) -> list[dict[str, torch.Tensor]]:
         """One step of the loop: of each of its optimizer steps what `_optimizer_step` gives."""
-        steps = [self._optimizer_step(batches, optimizer) for _ in range(self.num_optimizer_steps(batches[0]))]
+        steps = [self._optimizer_step(stage, losses, optimizer) for losses in self.optimizer_steps(stage, batches)]
         lr_scheduler.step()
-        if self.ema is not None:
+        if stage.ema is not None:
             taken = torch.stack([terms["grad_norm"].isfinite() for terms in steps]).any()
-            average_step(self.ema, list(self._unwrapped().parameters()), taken)
+            average_step(stage.ema, list(self.unwrap(stage.model).parameters()), taken)
         return steps
 
-    def _optimizer_step(self, batches: list[dict], optimizer) -> dict[str, torch.Tensor]:
+    def _optimizer_step(self, stage: Stage, losses: list[Callable], optimizer) -> dict[str, torch.Tensor]:
         """One optimizer step; its loss terms, means over the batches, and "grad_norm".
 
         Where loss or gradient are not finite on any process, weights, averages and optimizer stay as they are.
         """
         config, accelerator, means = self.config, self.accelerator, {}
-        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of batch norm
+        statistics = [buffer for buffer in stage.model.buffers() if buffer.is_floating_point()]  # of batch norm
         before = [buffer.clone() for buffer in statistics]
-        self.prepare_step(batches)
-        for batch in batches:
-            with accelerator.accumulate(self.model):
-                terms = self.compute_loss(batch)
+        for loss in losses:
+            with accelerator.accumulate(stage.model):
+                terms = loss()
                 backward(accelerator, terms["loss"])
                 if accelerator.sync_gradients:
-                    norm = clip_gradients(accelerator, self.model, optimizer, config.max_grad_norm)
+                    norm = clip_gradients(accelerator, stage.model, optimizer, config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             for name, term in terms.items():
@@ -311,7 +321,7 @@ class Trainer:
         torch.manual_seed(derived_seed(seed, accelerator.process_index))  # dropout
         generator = torch.Generator(accelerator.device).manual_seed(seed)
         shares = accelerator.num_processes * config.gradient_accumulation_steps
-        draws = self.draw(config.train_batch_size * shares, generator)
+        draws = self.draw(stage, config.train_batch_size * shares, generator)
         draws = {name: value.chunk(shares) for name, value in draws.items()}
         mine = range(accelerator.process_index, shares, accelerator.num_processes)
         return [{name: value[i] for name, value in draws.items()} for i in mine]
@@ -336,7 +346,7 @@ class Trainer:
     def _save_samples(self, stage: Stage) -> None:
         if not self.accelerator.is_main_process:
             return
-        with self._averaged_weights():
+        with self._averaged_weights(stage):
             images = self.sample_images(stage)
         if images is not None:
             from torchvision.utils import save_image
@@ -404,15 +414,15 @@ class Trainer:
 
     def _end_stage(self, stage: Stage) -> None:
         """Keep the final weights, hand them to `finish_stage` and note in a checkpoint that the stage is done."""
-        if self.ema is not None:
-            self.ema.copy_to(self._unwrapped().parameters())
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if self._whole_model is not None:
-            self._whole_model.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
-            model = self._whole_model.to(self.accelerator.device)
+        if stage.ema is not None:
+            stage.ema.copy_to(self.unwrap(stage.model).parameters())
+        model = self.accelerator.unwrap_model(stage.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        if stage.unsharded is not None:
+            stage.unsharded.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            model = stage.unsharded.to(self.accelerator.device)
         stage.model = model.eval().to(memory_format=torch.contiguous_format)
+        stage.ema = None
         self.accelerator.free_memory()
-        self.model = stage.model
         self.choose_weights(stage)
         self.state.seconds = self._seconds()
         if self.accelerator.is_main_process:
@@ -426,28 +436,34 @@ class Trainer:
                 self.push_to_hub()
         self.accelerator.wait_for_everyone()
         self.state.stage, self.state.step, self.state.best, self.state.streams = stage.index + 1, 0, None, []
-        self._save_checkpoint({})  # small: that the stage is done
+        self._save_checkpoint(stage, {})  # small: that the stage is done
 
-    def _save_checkpoint(self, sums: dict[str, torch.Tensor]) -> None:
+    def _save_checkpoint(self, stage: Stage, sums: dict[str, torch.Tensor]) -> None:
         """Save where the run stands, with the sums of the loss terms since the last line of metrics."""
         self.state.seconds = self._seconds()
         self.state.windows = [{name: value.item() for name, value in sums.items()}] * self.accelerator.num_processes
-        self.checkpoint = save_checkpoint(self.accelerator, self.state, self.ema, self.config, self.made_by())
+        self.checkpoint = save_checkpoint(self.accelerator, self.state, stage.ema, self.config, self.made_by())
         if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
             publish_folder(self.checkpoint, self.repo_id, "checkpoint", self.config.hub_token, self.checkpoint.name)
         self.accelerator.wait_for_everyone()
 
-    def _unwrapped(self) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model inside the wrappers of Accelerate and `torch.compile`."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     @contextmanager
-    def _averaged_weights(self):
-        """The model in eval mode with its averaged weights, where an average is kept, laid out as files want it."""
-        model = self._unwrapped().eval().to(memory_format=torch.contiguous_format)
-        if self.ema is not None:
-            self.ema.store(model.parameters())
-            self.ema.copy_to(model.parameters())
-        yield model
-        if self.ema is not None:
-            self.ema.restore(model.parameters())
-        laid_out(self.config, model).train()
+    def _averaged_weights(self, stage: Stage):
+        """The stage's model in eval mode with its averaged weights, where they are kept, laid out as files want it."""
+        model = self.unwrap(stage.model).eval().to(memory_format=torch.contiguous_format)
+        if stage.ema is not None:
+            stage.ema.store(model.parameters())
+            stage.ema.copy_to(model.parameters())
+        yield
+        if stage.ema is not None:
+            stage.ema.restore(model.parameters())
+        set_memory_format(self.config, model).train()
+
+
+def data_name(dataset: Dataset | None) -> str | None:
+    """The name that a data set was loaded by, where it has one."""
+    return getattr(dataset, "name", "").split(" [")[0] or None

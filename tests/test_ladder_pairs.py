@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffusers_rcfd import RCFDScheduler
-from diffusers_rcfd.distillation.targets import ddim_target
+from diffusers_rcfd.distillation.ladder import ddim_target
 from diffusers_rcfd.schedulers.scheduling_rcfd import ddim_coefficients
 from tests.toys import golden, toy_student, toy_teacher
 
