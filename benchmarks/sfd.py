@@ -9,6 +9,7 @@ several processes can share the work, by seeds or by entries.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -121,10 +122,12 @@ def train_sfd(bench, seed, teacher, folder, counts, batches, options):
     """A student of SFD and its cost in forward equivalents."""
     batches = max(1, round(batches))
     options = {"ema_decay": 0.98} | SHARED | bench.options | options | {"seed": seed, "max_train_steps": batches}
+    if "l1_weight" in options:
+        options["l1_weight"] *= math.prod(teacher.image_shape)
     config = SFDDistillationConfig(folder, student_steps=counts, **options)
     trainer = SFDDistillationTrainer(teacher, bench.classifier(seed), config)
     student = trainer.train()
-    each = [route.evaluations + N * (1 + BACKWARD) for route, N in zip(trainer.routes, counts, strict=True)]
+    each = [route.teacher_evaluations + N * (1 + BACKWARD) for route, N in zip(trainer.routes, counts, strict=True)]
     return student, batches * statistics.mean(each)
 
 
@@ -147,7 +150,7 @@ VARIANTS = {
     "spatial": {"distribution": "spatial"},
     "AFS": {"analytical_first_step": True},
     "no EMA": {"ema_decay": 0.0},
-    "and L1": {"l1_weight": 0.01},
+    "and L1": {"l1_weight": 0.01},  # for each pixel
 }
 
 ENTRIES = {

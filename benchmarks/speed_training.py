@@ -34,16 +34,16 @@ def training(objective, preset="digits", batch_size=64, network=None, **options)
                                        **options)  # fmt: skip
         trainer = CFDDistillationTrainer(pipeline, classifier, config, images)
         del pipeline, classifier  # of which training may keep copies in another number type
-        stage = next(trainer.stages(0))
-        optimizer, lr_scheduler = trainer._prepare(stage, None)
+        stage = trainer.begin_rung(0, trainer.teacher, trainer.freeze_guides())
+        optimizer, lr_scheduler = trainer._prepare(stage)
         fixed = next(endless_batches(trainer.accelerator, images, config, trainer.state))
 
         def step(batch=None):
             (draws,) = trainer._draws(stage)
-            trainer._train_step([(batch or fixed) | draws], optimizer, lr_scheduler)
+            trainer._train_step(stage, [(batch or fixed) | draws], optimizer, lr_scheduler)
             trainer.state.step += 1
 
-        yield trainer, step, fixed, optimizer
+        yield trainer, step, fixed, optimizer, stage
     AcceleratorState._reset_state(True)  # which keeps one number type for the process
 
 
@@ -51,8 +51,8 @@ def overhead(pairs):
     """A training step over its parts: networks, backward passes and optimizer, each alone."""
     for preset in ("digits", "fashion-mnist"):
         batch_size = 64 if preset == "digits" else 16
-        with training("rcfd", preset, batch_size) as (trainer, step, fixed, optimizer):
-            student, teacher, classifier = trainer.model, trainer.teacher.unet, trainer.classifier
+        with training("rcfd", preset, batch_size) as (_, step, fixed, optimizer, stage):
+            student, teacher, classifier = stage.model, stage.teacher.network, stage.guides.classifier
             z = torch.randn_like(fixed["images"])
             t = torch.full((len(z),), 512, device=DEVICE)
 
@@ -144,7 +144,7 @@ def plain(pairs):
         for objective in ("pd", "rcfd"):
             for mixed_precision in ("no", "bf16"):
                 with training(objective, preset, batch_size, mixed_precision=mixed_precision) as made:
-                    trainer, step, _, _ = made
+                    trainer, step, *_ = made
                     batches = endless_batches(
                         trainer.accelerator, trainer.train_dataset, trainer.config, trainer.state
                     )
@@ -156,7 +156,7 @@ def plain(pairs):
 
 def data(pairs):
     """Time of a step with a fixed batch over that of one with the real loader."""
-    with training("pd") as (trainer, step, _, _):
+    with training("pd") as (trainer, step, *_):
         batches = endless_batches(trainer.accelerator, trainer.train_dataset, trainer.config, trainer.state)
         quartiles = ratio(lambda: step(next(batches)), step, pairs, 0.5)
     yield row("step with loader / fixed batch", "PD, digits, batch 64", quartiles, 1 / 0.97)
@@ -285,8 +285,8 @@ def growth(pairs):
 
 def side(stack, batch_size, network):
     """How large a setting is, and functions for our step and the bare network's forward + backward."""
-    trainer, step, fixed, _ = stack.enter_context(training("rcfd", "digits", batch_size, network))
-    unet = copy.deepcopy(trainer.model)
+    _, step, fixed, _, stage = stack.enter_context(training("rcfd", "digits", batch_size, network))
+    unet = copy.deepcopy(stage.model)
     z, t = torch.randn_like(fixed["images"]), torch.full((batch_size,), 512, device=DEVICE)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     amount = network.get("sample_size") or (parameters if network else batch_size)

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from diffusers_rcfd import RCFDScheduler
 from diffusers_rcfd.data.config import DataConfig
 from diffusers_rcfd.evaluation.config import METRICS, EvaluationConfig
-from diffusers_rcfd.schedulers.names import BETA_SCHEDULES, PREDICTION_TYPES, TEACHER_SOLVERS
+from diffusers_rcfd.schedulers.names import TEACHER_SOLVERS
+from diffusers_rcfd.schedulers.noise_schedules import BETA_SCHEDULES
+from diffusers_rcfd.schedulers.scheduling_rcfd import PREDICTION_TYPES
 from diffusers_rcfd.trainers.config import (
     HUB_STRATEGIES,
     LR_SCHEDULERS,

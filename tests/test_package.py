@@ -172,6 +172,19 @@ def test_public_definitions_have_docstrings(module):
     assert not [node.name for node in found if not ast.get_docstring(node)]
 
 
+def calls_of_networks(path: Path) -> list[str]:
+    """Calls of something that is named like a diffusion network, such as `pipeline.unet(z, t)`."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    names = [(call, getattr(call, "attr", getattr(call, "id", ""))) for call in calls]
+    return [ast.unparse(call) for call, name in names if name in ("unet", "network", "model", "teacher_network")]
+
+
+def test_a_diffusion_network_is_called_in_one_file():
+    classifiers = {"models.feature_classifier", "trainers.classifier"}
+    callers = {module for module, path in MODULES.items() if calls_of_networks(path)} - classifiers
+    assert callers == {"models.denoiser"}
+
+
 def test_changelog_and_citation_carry_the_version():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## \[(\d[^\]]*)\]", changelog, re.MULTILINE)[1] == diffusers_rcfd.__version__

@@ -9,8 +9,15 @@ import torch
 from diffusers import (
     ConsistencyModelPipeline,
     DDIMPipeline,
+    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
@@ -312,3 +319,50 @@ def test_full_disk_leaves_the_pipeline_that_was_there(pipe, tmp_path):
     with largest_file(20_000), pytest.raises(Exception, match="(?i)file too large"):
         RCFDPipeline(tiny_unet(), RCFDScheduler()).save_pretrained(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+STOCK_SCHEDULERS = (
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+
+@pytest.mark.parametrize("stock", STOCK_SCHEDULERS)
+def test_stock_scheduler_that_is_set_later_is_taken_over(stock):
+    pipe = quiet(RCFDPipeline(tiny_unet(), RCFDScheduler()))
+    expected = pipe(2, 4, generator=seeded(), output_type="pt").images
+    pipe.scheduler = stock.from_config(pipe.scheduler.config)
+    assert isinstance(pipe.scheduler, RCFDScheduler)
+    torch.testing.assert_close(pipe(2, 4, generator=seeded(), output_type="pt").images, expected, rtol=0, atol=1e-3)
+
+
+def test_what_is_no_scheduler_is_refused_by_name():
+    pipe = RCFDPipeline(tiny_unet(), RCFDScheduler())
+    with pytest.raises(TypeError, match="`scheduler` must be a scheduler of Diffusers, got str"):
+        pipe.scheduler = "ddim"
+    with pytest.raises(ValueError, match="`scheduler` must have betas"):
+        pipe.scheduler = EDMEulerScheduler()
+
+
+def test_call_leaves_the_scheduler_of_a_shared_pipeline_alone():
+    pipe = quiet(RCFDPipeline(tiny_unet(), RCFDScheduler()))
+    pipe.scheduler.set_timesteps(3)
+    pipe(1, 2)
+    assert pipe.scheduler.num_inference_steps == 3
+
+
+def test_arguments_of_other_types():
+    pipe = quiet(RCFDPipeline(tiny_unet(num_class_embeds=3), RCFDScheduler(num_inference_steps=1)))
+    noise = torch.randn(1, 1, 8, 8)
+    options = {"class_labels": 1, "output_type": "pt"}
+    images = pipe(latents=noise.numpy(), **options).images
+    assert torch.equal(images, pipe(latents=noise, **options).images)
+    with pytest.raises(ValueError, match="`class_labels` must be one integer or 1 integers, got torch.bool"):
+        pipe(class_labels=True)
+    with pytest.raises(TypeError, match="`generator` must be a torch.Generator or a list of them, got 0"):
+        pipe(class_labels=1, generator=0)

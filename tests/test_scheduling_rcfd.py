@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -18,8 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_rcfd import RCFDScheduler
-from diffusers_rcfd.schedulers.names import BETA_SCHEDULES, PREDICTION_TYPES
-from diffusers_rcfd.schedulers.scheduling_rcfd import ddim_coefficients, eps_from_x0, v_from_x0, x0_from_eps, x0_from_v
+from diffusers_rcfd.schedulers.noise_schedules import BETA_SCHEDULES
+from diffusers_rcfd.schedulers.scheduling_rcfd import (
+    PREDICTION_TYPES,
+    ddim_coefficients,
+    eps_from_x0,
+    v_from_x0,
+    x0_from_eps,
+    x0_from_v,
+)
 from tests.toys import golden, toy_teacher
 
 
@@ -290,8 +299,6 @@ def test_step_on_an_accelerator_reads_nothing_back():
     for t in scheduler.timesteps:
         z = scheduler.step(torch.empty_like(z), t, z).prev_sample
     assert z.shape == (2, 3, 8, 8)
-    with pytest.raises(ValueError, match="`timestep` must be one of"):
-        scheduler.step(z, scheduler.timesteps[0], z)
 
 
 @pytest.mark.parametrize(
@@ -389,3 +396,37 @@ def test_nodes_survive_the_stock_config(tmp_path):
 def test_bad_nodes(options, message):
     with pytest.raises(ValueError, match=message):
         RCFDScheduler(**options)
+
+
+def test_scheduler_can_be_copied_and_pickled_in_mid_sampling():
+    scheduler = RCFDScheduler()
+    scheduler.set_timesteps(4)
+    z, first, second = torch.randn(2, 3, 8, 8), *scheduler.timesteps[:2]
+    scheduler.step(z, first, z)
+    expected = scheduler.step(z, second, z).prev_sample
+    for other in (copy.deepcopy(scheduler), copy.copy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert torch.equal(other.step(z, second, z).prev_sample, expected)
+
+
+def test_step_takes_what_stock_pipelines_pass():
+    scheduler = RCFDScheduler()
+    scheduler.set_timesteps(2)
+    z, t = torch.randn(2, 3, 8, 8), scheduler.timesteps[0]
+    options = {"eta": 0.0, "use_clipped_model_output": True, "generator": None}
+    assert torch.equal(scheduler.step(z, t, z, **options).prev_sample, scheduler.step(z, t, z).prev_sample)
+    with pytest.raises(ValueError, match="`eta` must be 0, got 0.5"):
+        scheduler.step(z, t, z, eta=0.5)
+
+
+def test_one_timestep_for_all_images():
+    scheduler, x0, noise = RCFDScheduler(), torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
+    one, each = (scheduler.add_noise(x0, noise, t) for t in (torch.tensor(700), torch.full((3,), 700)))
+    assert torch.equal(one, each)
+
+
+def test_entry_of_the_timesteps_on_a_device_is_known_by_its_place():
+    """On the meta device no number can be read back."""
+    scheduler = RCFDScheduler()
+    scheduler.set_timesteps(4, device="meta")
+    assert [scheduler._index(t) for t in scheduler.timesteps] == [1024, 768, 512, 256]
+    assert scheduler._index(scheduler.timesteps[2]) == 512

@@ -52,7 +52,7 @@ class _Session:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
-        self.session = onnxruntime.InferenceSession(exported(unet), options, ["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(export_network(unet), options, ["CPUExecutionProvider"])
         self.names = [given.name for given in self.session.get_inputs()]
 
     def __call__(self, sample, timestep, class_labels=None, return_dict=True):
@@ -70,7 +70,7 @@ def check_float32_on_cpu(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"`{name}` must be in float32 on the CPU, got {tensor.dtype} on {tensor.device}.")
 
 
-def exported(unet: UNet2DModel) -> bytes:
+def export_network(unet: UNet2DModel) -> bytes:
     """The network as an ONNX model: z (B, C, H, W), t (B,) and, where it has class embeddings, labels (B,).
 
     Args:

@@ -1,5 +1,6 @@
 """The few-step generator: a U-Net and an RCFDScheduler."""
 
+import copy
 import importlib.util
 import inspect
 import re
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_rcfd.models.denoiser import Denoiser, unwrap
 from diffusers_rcfd.saving import saved_whole
-from diffusers_rcfd.schedulers import names
 from diffusers_rcfd.schedulers.noise_schedules import schedule_betas
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.validation import require
@@ -57,8 +58,7 @@ class RCFDPipeline(DiffusionPipeline):
             from diffusers_rcfd.models.edm import from_edm
 
             unet, scheduler = from_edm(network, scheduler.config)
-        if not isinstance(scheduler, RCFDScheduler):
-            scheduler = RCFDScheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
+        scheduler = to_rcfd_scheduler(scheduler)
         embeddings, counts = unet.config.num_class_embeds, len(scheduler.trained_steps)
         if counts > 1 and (not embeddings or embeddings % counts):
             raise ValueError(
@@ -66,6 +66,10 @@ class RCFDPipeline(DiffusionPipeline):
                 f"`nodes`, got {embeddings}."
             )
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __setattr__(self, name, value):
+        """Take a stock scheduler over as in the constructor: `pipe.scheduler = DDIMScheduler.from_config(...)`."""
+        super().__setattr__(name, to_rcfd_scheduler(value) if name == "scheduler" else value)
 
     @property
     def components(self) -> dict:
@@ -118,19 +122,20 @@ class RCFDPipeline(DiffusionPipeline):
             ValueError: for a value outside those named above.
         """
         denoiser, z, class_labels = self._begin(batch_size, generator, class_labels, latents, output_type)
-        self.scheduler.set_timesteps(num_inference_steps, device=z.device)
-        z = z * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
+        scheduler = denoiser.scheduler
+        scheduler.set_timesteps(num_inference_steps, device=z.device)
+        z = z * scheduler.init_noise_sigma
+        for t in self.progress_bar(scheduler.timesteps):
             prediction = denoiser.predict(z, t, class_labels)
-            z = self.scheduler.step(prediction, t, z, return_dict=False)[0]
+            z = scheduler.step(prediction, t, z, return_dict=False)[0]
 
-        return self._finish(z * self.scheduler.config.data_std, output_type, return_dict)  # z_0 is x0 / data_std
+        return self._finish(z * scheduler.config.data_std, output_type, return_dict)  # z_0 is x0 / data_std
 
     def _begin(self, batch_size, generator, class_labels, latents, output_type) -> tuple:
         """The denoiser of a call, and its checked arguments as noise (B, C, H, W) and labels (B,) or None."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        denoiser = self.denoiser
+        denoiser = Denoiser(self.unet, copy.copy(self.scheduler))  # whose steps no other thread sets
         z = self._initial_noise(denoiser.image_shape, batch_size, generator, latents, self._device())
         return denoiser, z, check_class_labels(class_labels, denoiser.num_classes, z)
 
@@ -155,12 +160,16 @@ class RCFDPipeline(DiffusionPipeline):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         if latents is not None:
+            latents = torch.as_tensor(latents)
             if latents.ndim != 4 or latents.shape[1:] != image_shape or batch_size not in (1, len(latents)):
                 raise ValueError(
                     f"`latents` must have the shape (batch_size, C, H, W) = {(batch_size, *image_shape)}, got "
                     f"{tuple(latents.shape)}."
                 )
             return latents.to(device, torch.float32)
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(each, torch.Generator | None) for each in generators):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` as a list must hold one generator for each of the `batch_size`={batch_size} images, "
@@ -318,6 +327,20 @@ def check_network(config) -> None:
         )
 
 
+def to_rcfd_scheduler(scheduler) -> RCFDScheduler:
+    """Turn a scheduler with betas into an `RCFDScheduler`; one of ours is returned as it is.
+
+    Raises:
+        TypeError: for what is no scheduler.
+        ValueError: for a scheduler that no schedule of betas describes.
+    """
+    if isinstance(scheduler, RCFDScheduler):
+        return scheduler
+    if not isinstance(scheduler, SchedulerMixin):
+        raise TypeError(f"`scheduler` must be a scheduler of Diffusers, got {type(scheduler).__name__}.")
+    return RCFDScheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
+
+
 def check_class_labels(class_labels, num_classes: int | None, z: torch.Tensor) -> torch.Tensor | None:
     """The class labels of a call as a tensor (B,) on the device of z (B, C, H, W), or None for no classes."""
     if num_classes is None:
@@ -327,7 +350,7 @@ def check_class_labels(class_labels, num_classes: int | None, z: torch.Tensor) -
     if class_labels is None:
         raise ValueError(f"`class_labels` must be given, in 0..{num_classes - 1}: the model is class-conditional.")
     labels = torch.as_tensor(class_labels)
-    if labels.is_floating_point() or labels.shape not in ((), (1,), (len(z),)):
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape not in ((), (1,), (len(z),)):
         raise ValueError(
             f"`class_labels` must be one integer or {len(z)} integers, got {labels.dtype} of shape "
             f"{tuple(labels.shape)}."
@@ -339,7 +362,7 @@ def check_class_labels(class_labels, num_classes: int | None, z: torch.Tensor) -
 
 def pipeline_source() -> str:
     """The pipeline and its scheduler as one Python file that needs Diffusers and nothing of ours."""
-    parts = (require, names, saved_whole, schedule_betas, RCFDScheduler, Denoiser, RCFDPipeline)
+    parts = (require, saved_whole, schedule_betas, RCFDScheduler, Denoiser, RCFDPipeline)
     files = dict.fromkeys(inspect.getsourcefile(inspect.unwrap(part)) for part in parts)
     source = "\n\n".join(Path(file).read_text(encoding="utf-8") for file in files)
     return re.sub(r"^from diffusers_rcfd\S* import (\([^)]*\)|.*)\n", "", source, flags=re.MULTILINE)

@@ -4,8 +4,9 @@ import math
 
 import torch
 
-from diffusers_rcfd.schedulers.names import BETA_SCHEDULES
 from diffusers_rcfd.validation import is_number
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 def schedule_betas(

@@ -11,7 +11,6 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 
-from diffusers_rcfd.schedulers.names import PREDICTION_TYPES
 from diffusers_rcfd.schedulers.noise_schedules import (
     check_has_betas,
     nodes_by_count,
@@ -21,6 +20,8 @@ from diffusers_rcfd.schedulers.noise_schedules import (
 from diffusers_rcfd.validation import is_number
 
 logger = logging.get_logger(__name__)
+
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
 
 
 def x0_from_eps(eps, z_t, alpha, sigma):
@@ -325,7 +326,6 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(grid) - 1
         self.timesteps = torch.tensor(grid[:0:-1], device=device)
         self._coefficients = {t: self._step_coefficients(t, s) for s, t in zip(grid, grid[1:], strict=False)}
-        self._upcoming = iter(grid[:0:-1])
 
     def _step_coefficients(self, t: int, s: int) -> tuple[float, float, float, float]:
         """(c_z, c_out, a, b) of x0 = c_z z_t + c_out network and z_s = a x0 + b z_t, as Python floats."""
@@ -352,30 +352,38 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         return x0
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = True,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple:
         """One DDIM step with eta = 0 from `timestep` to the next index of the grid (paper Eq. 1).
 
-        Nothing is read back from the device: a `timestep` that lies there is taken to be the next of `timesteps`.
-
         Args:
             model_output (`torch.Tensor`): the network's prediction, (B, C, H, W).
-            timestep (`int` or `torch.Tensor`): one of `timesteps`.
+            timestep (`int` or `torch.Tensor`): one of `timesteps`. For an entry of `timesteps` itself nothing is read
+                back from the device.
             sample (`torch.Tensor`): z_t, (B, C, H, W).
+            eta (`float`, defaults to 0.0): nothing but 0 is allowed: the sampler is deterministic.
+            use_clipped_model_output (`bool`), generator (`torch.Generator`): not used; stock pipelines pass them. eps
+                always follows from the clipped x0.
             return_dict (`bool`, defaults to `True`): a `DDIMSchedulerOutput`, else a tuple.
 
         Returns:
             `prev_sample` z_s and `pred_original_sample` x0 (clipped as the config says), both (B, C, H, W).
 
         Raises:
-            ValueError: if `timestep` is not on the grid of `set_timesteps`.
+            ValueError: if `timestep` is not on the grid of `set_timesteps`, or for another `eta`.
         """
-        upcoming = next(self._upcoming, None)
-        t = upcoming if isinstance(timestep, torch.Tensor) and not timestep.device.type == "cpu" else int(timestep)
+        if eta != 0:
+            raise ValueError(f"`eta` must be 0, got {eta!r}.")
+        t = self._index(timestep)
         if t not in self._coefficients:
             raise ValueError(f"`timestep` must be one of {sorted(self._coefficients)}, got {t}.")
-        if t != upcoming:
-            self._upcoming = (later for later in sorted(self._coefficients, reverse=True) if later < t)
         c_z, c_out, a, b = self._coefficients[t]
 
         x0 = model_output if self.config.prediction_type == "sample" else c_z * sample + c_out * model_output
@@ -385,13 +393,21 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             return prev_sample, x0
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
+    def _index(self, timestep: int | torch.Tensor) -> int:
+        """A timestep as an integer; an entry of `timesteps` on a device is known by its place, without a wait."""
+        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            own, given = self.timesteps.untyped_storage(), timestep.untyped_storage()
+            if own.data_ptr() == given.data_ptr():
+                return list(self._coefficients)[::-1][timestep.storage_offset()]
+        return int(timestep)
+
     # --- training ---------------------------------------------------------------------------------------------
 
     def alpha_sigma(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha_t and sigma_t for a batch of indices, shaped to broadcast over `like`.
 
         Args:
-            t (`torch.Tensor`): indices 0..n - 1, shape (B,).
+            t (`torch.Tensor`): indices 0..n - 1, shape (B,), or one for all, a scalar.
             like (`torch.Tensor`): a tensor (B, ...) whose device and number type (at least float32) are taken.
 
         Returns:
@@ -401,7 +417,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         key = (like.device, dtype)
         if key not in self._device_tables:
             self._device_tables[key] = torch.stack([self.alpha, self.sigma], dim=1).to(like.device, dtype)  # (n, 2)
-        alpha, sigma = self._device_tables[key][t.to(like.device)].unbind(1)
+        alpha, sigma = self._device_tables[key][t.to(like.device).reshape(-1)].unbind(1)
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alpha.view(shape), sigma.view(shape)
 

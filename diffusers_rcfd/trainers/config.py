@@ -3,6 +3,7 @@
 The help text of a field is its one documentation: it serves the command line, the YAML recipes and Python alike.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from diffusers_rcfd.distillation.objectives import COMPARISONS, Objective, parse_terms
@@ -35,7 +36,9 @@ class TrainingConfig:
     )
     max_train_steps: int = option(10_000, "Optimizer steps.")
     train_batch_size: int = option(128, "Images in a batch of one process.")
-    gradient_accumulation_steps: int = option(1, "Batches for each optimizer step.")
+    gradient_accumulation_steps: int | None = option(
+        None, "Batches for each optimizer step; unset: what `accelerate launch` says, else 1."
+    )
     learning_rate: float = option(2e-4, "Peak learning rate.")
     lr_scheduler: str = option("constant_with_warmup", f"Learning-rate schedule of Diffusers: one of {LR_SCHEDULERS}.")
     lr_warmup_steps: int = option(0, "Optimizer steps of linear warm-up; the lr_scheduler 'constant' has none.")
@@ -45,7 +48,11 @@ class TrainingConfig:
     max_skipped_steps: int = option(
         10, "A step with a loss or gradient that is not finite is skipped; so many in a row end the run."
     )
-    mixed_precision: str = option("no", f"Number type of the networks, one of {MIXED_PRECISIONS}; losses are float32.")
+    mixed_precision: str | None = option(
+        None,
+        f"Number type of the networks, one of {MIXED_PRECISIONS}; losses are float32. Unset: what `accelerate launch` "
+        "says, else 'no'.",
+    )
     torch_compile: bool = option(
         False, "Compile the networks of training, once for each shape; pays where a run is far longer than compiling."
     )
@@ -75,6 +82,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         require_kinds(self)
+        self._ask_the_launcher()
         positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images")
         for name in (*positive, "max_skipped_steps", "checkpoints_total_limit"):
             require(is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
@@ -102,6 +110,14 @@ class TrainingConfig:
             ("hub_strategy", HUB_STRATEGIES),
         ):
             require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
+
+    def _ask_the_launcher(self) -> None:
+        """Fill in what is unset and `accelerate launch`, its config file or the environment says."""
+        if self.mixed_precision is None:
+            self.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.gradient_accumulation_steps is None:
+            steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+            self.gradient_accumulation_steps = int(steps) if steps.isdecimal() else steps
 
 
 @dataclass

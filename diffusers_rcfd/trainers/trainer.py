@@ -19,13 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedType,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-)
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -33,6 +27,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from diffusers_rcfd.hub.publishing import open_repository, publish_folder, read_card
+from diffusers_rcfd.trainers.accelerators import build_accelerator, use_state_of
 from diffusers_rcfd.trainers.batches import derived_seed, endless_batches
 from diffusers_rcfd.trainers.checkpoints import (
     METRICS_FILE,
@@ -92,16 +87,7 @@ class Trainer:
     def __init__(self, config: TrainingConfig, train_dataset: Dataset | None):
         self.config, self.train_dataset = config, train_dataset
         self.output_dir = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            # One step of the learning-rate schedule for each optimizer step, on any number of processes.
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
-        )
+        self.accelerator = build_accelerator(config)
         self.state = TrainerState()
         self.repo_id = None
         self.checkpoint = None  # the last one written, or resumed from
@@ -177,6 +163,7 @@ class Trainer:
             OSError: if a checkpoint or a result cannot be written; the checkpoints before are whole.
             SystemExit: with 128 + 15 or 128 + 2, after SIGTERM or SIGINT; a checkpoint is saved first.
         """
+        use_state_of(self.accelerator)
         checkpoint = self.checkpoint = open_output_dir(self.accelerator, self.config, self.made_by())
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.open_repository()  # a wrong token is found now, not after days
