@@ -6,7 +6,6 @@ import subprocess
 
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
@@ -24,21 +23,10 @@ from diffusers_rcfd import (
     SFDDistillationTrainer,
     load_image_data,
 )
-from diffusers_rcfd.distillation.rungs import Rung
-from diffusers_rcfd.hub.model_card import BEGIN, END, RunDescription, create_model_card, write_model_card
+from diffusers_rcfd.hub.model_card import BEGIN, END
 from diffusers_rcfd.hub.publishing import open_repository
 from tests.fake_hub import ClientError, ClientProcess, FakeHub
 from tests.toys import tiny_classifier, tiny_teacher, tiny_unet
-
-RUNGS = [Rung(4, 2, "pd", 1.0, 0.0, 0.5, 300), Rung(2, 2, "rcfd", 0.9, 0.003, 0.75, 500)]
-EVALUATION = {
-    "metrics": {"fd": {"label": "FD(tiny)", "value": 3.5, "confidence_interval": [3.0, 4.0]}},
-    "num_images": 64, "seed": 0, "extractor": "tiny", "reference": "anna/digits [train]", "num_reference_images": 99,
-    "reference_key": "",
-}  # fmt: skip
-RUN = RunDescription(
-    "anna/two", RUNGS, "you/base", "anna/digits", "resnet18", training_seconds=3725, evaluations={2: EVALUATION}
-)
 
 
 @pytest.fixture(scope="module")
@@ -239,38 +227,6 @@ def test_token_is_written_nowhere(hub, client, tmp_path):
     assert token not in repr(config)
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or token.encode() not in path.read_bytes(), path
-
-
-def test_card_is_valid_and_complete(tmp_path):
-    card = write_model_card(tmp_path, RUN)
-    data = yaml.safe_load(card.content.split("---")[1])
-    assert data["base_model"] == "you/base" and data["datasets"] == ["anna/digits"] and data["license"] == "apache-2.0"
-    assert "arxiv:2211.12039" in data["tags"]
-    result = data["model-index"][0]["results"][0]["metrics"][0]
-    assert result["value"] == 3.5 and result["type"] == "fd-tiny"
-    entries = yaml.safe_load((tmp_path / ".eval_results/diffusers_rcfd.yaml").read_text())
-    assert entries[0]["dataset"]["id"] == "anna/digits" and entries[0]["value"] == 3.5
-    for words in (
-        'RCFDPipeline.from_pretrained("anna/two")', "use_clipped_model_output=True", "@inproceedings",
-        "1 h 02 min 05 s",
-        "| 2-step | 4 | rcfd | 0.9 | 0.003 |", "| 4-step | 8 | pd | - | - | - | 300 |",
-        "64 generated images (seed 0) against 99",
-    ):  # fmt: skip
-        assert words in card.content, words
-    assert "FID" not in card.content
-
-
-def test_local_names_are_not_published():
-    card = create_model_card(RunDescription("anna/two", RUNGS, "/data/base", "/data/images", "resnet18"))
-    assert "/data" not in card.content and "- data: local files" in card.content
-    assert card.data.get("base_model") is None
-
-
-def test_existing_card_without_our_section_keeps_its_text():
-    card = create_model_card(RUN, "---\nlicense: mit\ntags:\n- mine\nmetrics:\n- old\n---\n\n# Mine\n\nWords.\n")
-    data = yaml.safe_load(card.content.split("---")[1])
-    assert data["license"] == "mit" and data["tags"][0] == "mine" and "rcfd" in data["tags"]
-    assert data["metrics"] == ["fd-tiny"] and "Words." in card.content and BEGIN in card.content
 
 
 def test_evaluation_is_recorded(tmp_path):

@@ -89,7 +89,7 @@ class DiffusionTrainer(GeneratorTrainer):
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the base model, with a grid of its samples."""
         steps, dataset = self.config.sample_inference_steps, data_name(self.train_dataset)
-        self._write_card(self.pipeline, folder, existing, steps, rungs=[], dataset=dataset)
+        self._write_card(self.pipeline, folder, existing, steps, dataset=dataset)
 
     def sampler(self) -> tuple[RCFDPipeline, int]:
         """The base model, sampled by DDIM in `sample_inference_steps`."""

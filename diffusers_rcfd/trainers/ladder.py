@@ -142,6 +142,7 @@ class CFDDistillationTrainer(GeneratorTrainer):
             RCFDPipeline.from_pretrained(str(folder)),
             folder,
             existing,
+            objective=self.rungs[index].objective,
             rungs=self.rungs[: index + 1],
             teacher=self.teacher_name,
             dataset=data_name(self.train_dataset),

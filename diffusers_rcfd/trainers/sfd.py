@@ -13,7 +13,6 @@ from diffusers.utils import logging
 
 from diffusers_rcfd.distillation.feature_terms import check_stages, feature_terms, spatial_distance
 from diffusers_rcfd.evaluation.evaluator import Evaluator
-from diffusers_rcfd.hub.model_card import steps_described
 from diffusers_rcfd.losses.predictions import log_mean_prediction
 from diffusers_rcfd.models.count_embeddings import for_counts, for_one_count
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
@@ -411,14 +410,11 @@ class SFDDistillationTrainer(GeneratorTrainer):
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the student, with a grid of its samples."""
-        student = RCFDPipeline.from_pretrained(str(folder))
         self._write_card(
-            student,
+            RCFDPipeline.from_pretrained(str(folder)),
             folder,
             existing,
-            rungs=[],
             teacher=self.teacher_name,
             classifier=None if self.classifier is None else self.classifier.config.backbone,
             objective=self.config.objective,
-            **steps_described(student),
         )

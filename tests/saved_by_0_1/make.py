@@ -39,21 +39,12 @@ from diffusers_rcfd.model_card import (
 )
 from tests.toys import tiny_sfd_student, tiny_teacher, tiny_unet
 
+from described import MADE_ELSEWHERE, RUNGS, evaluation  # isort: skip
+
 HERE = Path(__file__).parent
 SMALL = {"block_out_channels": (4, 4)}
+LADDER = [Rung(*rung) for rung in RUNGS]
 RUNGS = [Rung(4, 2, "pd", 1.0, 0.0, 0.5, 300), Rung(2, 2, "rcfd", 0.9, 0.003, 0.75, 500)]
-MADE_ELSEWHERE = """---
-license: mit
-tags:
-- mine
-metrics:
-- old
----
-
-# My digits
-
-Hand-made words.
-"""
 
 
 def save_models():
@@ -82,15 +73,6 @@ def save_models():
     return {name: pipeline for name, (pipeline, _) in calls.items()}, classifier
 
 
-def evaluation(value, extractor="tiny"):
-    """An entry of `evaluation.json`."""
-    label = f"FD({extractor})"
-    metrics = {"fd": {"label": label, "value": value, "confidence_interval": [value - 0.5, value + 0.5]},
-               "is": {"label": f"IS({extractor})", "value": 7.25, "confidence_interval": None}}  # fmt: skip
-    return {"metrics": metrics, "num_images": 64, "seed": 0, "extractor": extractor,
-            "reference": "anna/digits [train]", "num_reference_images": 99, "reference_key": ""}  # fmt: skip
-
-
 def stock_calls(pipeline):
     return {N: pipeline.stock_call(N) for N in sorted(pipeline.scheduler.trained_steps, reverse=True)}
 
@@ -108,9 +90,9 @@ def described():
         "base-epsilon": RunDescription("anna/base", [], dataset="/data/images", prediction_type="epsilon"),
         "base-v": RunDescription("anna/base", [], prediction_type="v_prediction"),
         "base-data-std": RunDescription("anna/base", [], data_std=0.5),
-        "ladder": RunDescription("anna/two", RUNGS, "you/base", "anna/digits", "resnet18", training_seconds=3725,
+        "ladder": RunDescription("anna/two", LADDER, "you/base", "anna/digits", "resnet18", training_seconds=3725,
                                  evaluations={2: evaluation(3.5), 4: evaluation(2.25)}),
-        "ladder-pd": RunDescription("anna/four", RUNGS[:1], "/data/base", "/data/images"),
+        "ladder-pd": RunDescription("anna/four", LADDER[:1], "/data/base", "/data/images"),
         "ladder-one-step": RunDescription("anna/one", [Rung(1, 1024, "cfd", 1, 0, 1, 9)], num_classes=10),
         "sfd-one": RunDescription("anna/one", [], evaluations={1: evaluation(9.0)}, **one),
         "sfd-several": RunDescription("anna/sfd", [], objective="l1", **several),
