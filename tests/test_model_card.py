@@ -1,12 +1,16 @@
 """Model cards, and what version 0.1 wrote of them and of models: see `saved_by_0_1/make.py`."""
 
+import ast
+import html
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 
 from diffusers_rcfd import (
     CFDDistillationConfig,
@@ -24,6 +28,8 @@ from diffusers_rcfd import (
 )
 from diffusers_rcfd.distillation.rungs import Rung
 from diffusers_rcfd.hub.model_card import (
+    BEGIN,
+    END,
     Classifier,
     Generator,
     Training,
@@ -33,6 +39,7 @@ from diffusers_rcfd.hub.model_card import (
     write_model_card,
     write_pipeline_card,
 )
+from diffusers_rcfd.hub.public_names import is_hub_id, markdown_code, markdown_text, public_name, remove_local_names
 from diffusers_rcfd.trainers.checkpoints import write_json
 from tests.saved_by_0_1.described import MADE_ELSEWHERE, RUNGS, evaluation
 from tests.toys import tiny_sfd_student, tiny_teacher, tiny_unet
@@ -183,3 +190,109 @@ def test_cards_of_trainers_are_those_of_0_1(tmp_path):
     trainer = ClassifierTrainer(classifier, ClassifierConfig(**options), data)
     trainer.accuracy = 0.5
     assert card_of(trainer) == as_before("trained-classifier")
+
+
+# --- what a card says ------------------------------------------------------------------------------------------
+
+
+def metadata(card):
+    return yaml.safe_load(card.content.split("---")[1])
+
+
+def test_card_is_valid_and_complete():
+    card = create_model_card(*generators()["ladder"])
+    data = metadata(card)
+    assert data["base_model"] == "you/base" and data["datasets"] == ["anna/digits"] and data["license"] == "apache-2.0"
+    result = data["model-index"][0]["results"][0]
+    assert result["metrics"][0] == {"type": "fd-tiny", "value": 3.5, "name": "FD(tiny), 2 steps, 64 images"}
+    for words in (
+        'RCFDPipeline.from_pretrained("anna/two")', "use_clipped_model_output=True", "@inproceedings",
+        "1 h 02 min 05 s", "| 2-step | 4 | rcfd | 0.9 | 0.003 |", "| 4-step | 8 | pd | - | - | - | 300 |",
+        "64 generated images (seed 0) against 99",
+    ):  # fmt: skip
+        assert words in card.content, words
+    assert "FID" not in card.content
+
+
+def test_local_names_are_not_published(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("faces", "runs/base"):  # the form of a data set's name, and of a Hub id
+        (tmp_path / name).mkdir(parents=True)
+    local = ("/data/base", "~/base", "../base", "C:\\base", "a/b/c", "faces", "runs/base", str(tmp_path), "")
+    assert [public_name(name) for name in (*local, None)] == [None] * (len(local) + 1)
+    assert [public_name(f"{name} [train]") for name in local[:-1]] == [None] * (len(local) - 1)
+    public = ("digits", "anna/digits", "anna/digits [train]", "digits [train[:10]]", "2026-11-27T06:14:49+00:00")
+    assert [public_name(name) for name in public] == list(public)
+    assert is_hub_id("anna/digits") and not is_hub_id("anna/digits [train]") and not is_hub_id(tmp_path)
+    record = {"config": {"output_dir": "run", "dataset": "/data/x", "tags": ["a", "/b"], "steps": 3}, "on": True}
+    public = {"config": {"output_dir": None, "dataset": None, "tags": ["a", None], "steps": 3}, "on": True}
+    assert remove_local_names(record) == public
+    measured = {2: evaluation(3.5) | {"reference": "/data/images [train]"}}
+    training = Training(128, 5e-5, "pd", LADDER[:1], "runs/base", "/data/images")
+    card = create_model_card(Generator("anna/two", [2]), training, measured)
+    assert "/data" not in card.content and "runs" not in card.content and card.data.get("base_model") is None
+    assert "- teacher: a local model\n- data: local files\n" in card.content and "99 of local files," in card.content
+    write_classifier_card(tmp_path, Classifier("anna/guide", "resnet18", "/data/images"))
+    assert "trained on images," in (tmp_path / "README.md").read_text()
+
+
+ODD_NAMES = ("a`b", "a|b|c", "a\n\n# b", "{{ training.teacher }}", "{% raw %}", "</div><b>", f"x {END} y", "*a* _b_",
+             "[a](b)", "a\r\n---\nb", "a\n---\nb", "\\", "a & b", "```", "\x1b[2J", '"; import os  # ')  # fmt: skip
+
+
+def test_names_mean_nothing_to_markdown():
+    for name in ODD_NAMES:
+        text = markdown_text(name)
+        assert re.fullmatch(r"[\w \[\]./@:,+=()%&#;-]*", text) and "](" not in text, name
+        assert html.unescape(text) == " ".join(name.replace("\x1b", " ").split())
+        assert markdown_code(name) in (text, f"`{name}`") and not re.search("[`<|\n]", markdown_code(name)[1:-1])
+    assert markdown_text("a_b [train]") == "a_b [train]" and markdown_text("_a_") == "&#95;a&#95;"
+    assert markdown_code("test_resnet.r160_in1k") == "`test_resnet.r160_in1k`"
+
+
+def test_odd_names_leave_the_card_as_it_is():
+    """Line by line it reads as one with plain names does, and so do its metadata and its code."""
+
+    def card_of(name):
+        return create_model_card(
+            Generator(f"anna/{name}", [2], num_classes=3),
+            Training(128, 5e-5, "rcfd", LADDER, "you/base", name, name),
+            {2: evaluation(3.5) | {"extractor": name, "reference": f"{name} [train]"}},
+        )
+
+    def lines_of(card):
+        return card.text.replace("`", "").splitlines()  # an odd name is no inline code
+
+    wanted = lines_of(card_of("plain"))
+    for name in (re.sub(r"[/\\]", "", name) for name in ODD_NAMES):  # else it would be a path
+        card = card_of(name)
+        assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
+        assert card.data.model_name == name and card.data.eval_results[0].dataset_name == f"{name} [train]"
+        lines = lines_of(card)
+        assert len(lines) == len(wanted) and card.text.count(BEGIN) == card.text.count(END) == 1
+        for line, expected in zip(lines, wanted, strict=True):
+            parts = expected.split("plain")
+            assert line.startswith(parts[0]) and line.endswith(parts[-1])
+        code = card.text.split("```python\n")[1].split("\n```")[0]
+        assert f"anna/{name}" in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        again = create_model_card(Generator("anna/two", [2]), existing=card.content)
+        assert again.text.count(BEGIN) == again.text.count(END) == 1 and "## Ladder" not in again.text
+
+
+def test_existing_card_without_our_section_keeps_its_text():
+    text = "---\nlicense: mit\ntags:\n- mine\nmetrics:\n- old\n---\n\n# Mine\n\nWords.\n"
+    card = create_model_card(*generators()["ladder"], text)
+    data = metadata(card)
+    assert data["license"] == "mit" and data["tags"][0] == "mine" and "rcfd" in data["tags"]
+    assert data["metrics"] == ["fd-tiny", "is-tiny"] and "Words." in card.content and BEGIN in card.content
+    assert metadata(create_model_card(*generators()["base"], text))["metrics"] == ["old"]
+
+
+def test_results_of_other_weights_are_not_kept(tmp_path):
+    """Neither in the metadata of the card that is there, nor beside it."""
+    before = write_model_card(tmp_path, *generators()["ladder"])
+    assert "model-index" in metadata(before) and (tmp_path / ".eval_results/diffusers_rcfd.yaml").is_file()
+    model, training, _ = generators()["ladder"]
+    card = write_model_card(tmp_path, model, training, existing=before.content)
+    assert not {"model-index", "metrics"} & metadata(card).keys() and metadata(card)["base_model"] == "you/base"
+    assert not (tmp_path / ".eval_results/diffusers_rcfd.yaml").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 
 import pytest
@@ -17,6 +18,7 @@ from diffusers_rcfd import (
     DiffusionConfig,
     DiffusionTrainer,
     Evaluator,
+    FeatureClassifier,
     RCFDPipeline,
     RCFDScheduler,
     SFDDistillationConfig,
@@ -26,7 +28,10 @@ from diffusers_rcfd import (
 from diffusers_rcfd.hub.model_card import BEGIN, END
 from diffusers_rcfd.hub.publishing import open_repository
 from tests.fake_hub import ClientError, ClientProcess, FakeHub
+from tests.test_hub import image_folder
 from tests.toys import tiny_classifier, tiny_teacher, tiny_unet
+
+TRAINED = ("base", "classifier", "ladder", "sfd")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,34 @@ def without_token(function, *args, **options):
         return function(*args, **options)
     finally:
         os.environ["HF_TOKEN"] = token
+
+
+def train_in(folder, data, user, host):
+    """Each trainer, with all that may keep a path: local images and teachers, records, checkpoints, best weights."""
+    os.environ |= {"USER": user, "LOGNAME": user}
+    socket.gethostname = lambda: host  # in this process alone
+    data = load_image_data(str(data))
+    evaluator = Evaluator(tiny_classifier().eval(), data, name="tiny", metrics=["fd"], cache_dir=False)
+    options = {"max_train_steps": 1, "train_batch_size": 8, "num_sample_images": 4, "push_to_hub": True}
+    best = options | {"eval_steps": 1, "eval_num_images": 8, "load_best_model_at_end": True}
+
+    def place(name):
+        return {"output_dir": str(folder / name), "hub_model_id": f"anna/odd-{name}"}
+
+    config = DiffusionConfig(**best, **place("base"), sample_inference_steps=2, sample_steps=1,
+                             report_to="tensorboard")  # fmt: skip
+    DiffusionTrainer(tiny_unet(), RCFDScheduler(), config, data, evaluator=evaluator).train()
+    ClassifierTrainer(tiny_classifier(2), ClassifierConfig(**options, **place("classifier")), data).train()
+    teacher = RCFDPipeline.from_pretrained(folder / "base")
+    classifier = FeatureClassifier.from_pretrained(folder / "classifier")
+    ladder = options | {"student_steps": [1], "objective": ["cfd"], "max_train_steps": [2], "checkpointing_steps": 1}
+    config = CFDDistillationConfig(**ladder, **place("ladder"), hub_strategy="checkpoint")
+    CFDDistillationTrainer(teacher, classifier, config, data).train()
+    config = SFDDistillationConfig(student_steps=[2], objective="cfd", **best, **place("sfd"))
+    SFDDistillationTrainer(teacher, classifier, config, evaluator=evaluator).train()
+    RCFDPipeline.from_pretrained(folder / "ladder/1-step").push_to_hub("anna/odd-pushed")
+    (folder / "diary.txt").write_text("mine")
+    teacher.save_pretrained(folder, push_to_hub=True, repo_id="anna/odd-saved")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,6 +249,32 @@ def test_cut_upload_publishes_nothing_and_says_where_the_model_is(hub, client, t
     finally:
         hub.cuts.clear()
     assert hub.files("anna/cut") == before and (tmp_path / "two/1-step/model_index.json").is_file()
+
+
+def test_nothing_published_names_a_place_a_user_or_a_host(hub, client, tmp_path):
+    user, host = "quinquagesima", "halcyon-node-7"
+    folder, data = tmp_path / user / "zephyr-42", tmp_path / user / "gargoyle pictures"
+    for path, content in image_folder(rows=20).items():
+        (data / path).parent.mkdir(parents=True, exist_ok=True)
+        (data / path).write_bytes(content)
+    folder.mkdir(parents=True)
+    client(train_in, folder, data, user, host)
+    published = [
+        (name, path, content)
+        for (_, name), repo in hub.repos.items()
+        if name.startswith("anna/odd-")
+        for files in repo.commits.values()
+        for path, content in files.items()
+    ]
+    assert {name for name, _, _ in published} == {f"anna/odd-{name}" for name in (*TRAINED, "pushed", "saved")}
+    words = [word.encode() for word in (user, host, folder.name, data.name, str(tmp_path), tmp_path.name)]
+    assert not [(name, path, word) for name, path, content in published for word in words if word in content]
+    assert not [path for _, path, _ in published if "tfevents" in path or path == "diary.txt"]
+    record = json.loads(hub.files("anna/odd-base")["run.json"])["config"]
+    assert record["output_dir"] is None and record["hub_model_id"] == "anna/odd-base"
+    state = hub.files("anna/odd-ladder", "checkpoint")["trainer_state.json"]
+    assert state == (folder / "ladder/checkpoint-2/trainer_state.json").read_bytes()  # its checksum holds
+    assert folder.name in (folder / "base/run.json").read_text()
 
 
 def test_token_is_written_nowhere(hub, client, tmp_path):

@@ -8,9 +8,9 @@ PLAIN = r"[\w \[\]./@:,+=()%-]"  # characters that mean nothing to markdown insi
 SPLIT = r" \[[^/\\\[\]]*\]"  # of a data set: "anna/digits [train]"
 
 
-def is_hub_id(name: str | None) -> bool:
+def is_hub_id(name: str | os.PathLike | None) -> bool:
     """Whether a name has the form of a Hub repository, "owner/name", and is no local path."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name or "", re.ASCII)) and not os.path.exists(name)
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name), re.ASCII)) and not os.path.exists(name)
 
 
 def public_name(name: str | None) -> str | None:

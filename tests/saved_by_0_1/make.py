@@ -44,7 +44,6 @@ from described import MADE_ELSEWHERE, RUNGS, evaluation  # isort: skip
 HERE = Path(__file__).parent
 SMALL = {"block_out_channels": (4, 4)}
 LADDER = [Rung(*rung) for rung in RUNGS]
-RUNGS = [Rung(4, 2, "pd", 1.0, 0.0, 0.5, 300), Rung(2, 2, "rcfd", 0.9, 0.003, 0.75, 500)]
 
 
 def save_models():
