@@ -30,9 +30,9 @@ from diffusers_rcfd.distillation.rungs import Rung
 from diffusers_rcfd.hub.model_card import (
     BEGIN,
     END,
-    Classifier,
-    Generator,
-    Training,
+    ClassifierRecord,
+    GeneratorRecord,
+    TrainingRecord,
     create_model_card,
     describe_generator,
     write_classifier_card,
@@ -105,30 +105,33 @@ def stock_calls(pipeline):
 
 def generators():
     """What the cards are of: model, training, evaluations."""
-    base = Training(128, 5e-5)
+    base = TrainingRecord(128, 5e-5)
     sfd = {"seconds": 59.6, "teacher": "you/base"}
-    several = Generator("anna/sfd", [2, 3], True, stock_calls=stock_calls(tiny_sfd_student()))
+    several = GeneratorRecord("anna/sfd", [2, 3], True, stock_calls=stock_calls(tiny_sfd_student()))
     conditional = tiny_sfd_student(num_class_embeds=20)
-    ladder = Training(128, 5e-5, "rcfd", LADDER, "you/base", "anna/digits", "resnet18", seconds=3725)
+    ladder = TrainingRecord(128, 5e-5, "rcfd", LADDER, "you/base", "anna/digits", "resnet18", seconds=3725)
     return {
-        "base": (Generator("anna/base"), Training(64, 2e-4, dataset="anna/digits"), {}),
-        "base-evaluated": (Generator("anna/base"), Training(128, 5e-5, seconds=86400), {64: evaluation(3.5)}),
-        "base-conditional": (Generator("anna/base", num_classes=10), Training(128, 5e-5, dataset="digits"), {}),
-        "base-epsilon": (Generator("anna/base", prediction_type="epsilon"),
-                         Training(128, 5e-5, dataset="/data/images"), {}),
-        "base-v": (Generator("anna/base", prediction_type="v_prediction"), base, {}),
-        "base-data-std": (Generator("anna/base", data_std=0.5), base, {}),
-        "ladder": (Generator("anna/two", [2]), ladder, {2: evaluation(3.5), 4: evaluation(2.25)}),
-        "ladder-pd": (Generator("anna/four", [4]),
-                      Training(128, 5e-5, "pd", LADDER[:1], "/data/base", "/data/images"), {}),
-        "ladder-one-step": (Generator("anna/one", [1], num_classes=10),
-                            Training(128, 5e-5, "cfd", [Rung(1, 1024, "cfd", 1, 0, 1, 9)]), {}),
-        "sfd-one": (Generator("anna/one", [1], True), Training(256, 1e-4, "l1", **sfd), {1: evaluation(9.0)}),
-        "sfd-several": (several, Training(256, 1e-4, "l1", **sfd), {}),
-        "sfd-rcfd": (several, Training(256, 1e-4, "rcfd", classifier="resnet18", dataset="anna/digits", **sfd),
+        "base": (GeneratorRecord("anna/base"), TrainingRecord(64, 2e-4, dataset="anna/digits"), {}),
+        "base-evaluated": (GeneratorRecord("anna/base"), TrainingRecord(128, 5e-5, seconds=86400),
+                           {64: evaluation(3.5)}),
+        "base-conditional": (GeneratorRecord("anna/base", num_classes=10),
+                             TrainingRecord(128, 5e-5, dataset="digits"), {}),
+        "base-epsilon": (GeneratorRecord("anna/base", prediction_type="epsilon"),
+                         TrainingRecord(128, 5e-5, dataset="/data/images"), {}),
+        "base-v": (GeneratorRecord("anna/base", prediction_type="v_prediction"), base, {}),
+        "base-data-std": (GeneratorRecord("anna/base", data_std=0.5), base, {}),
+        "ladder": (GeneratorRecord("anna/two", [2]), ladder, {2: evaluation(3.5), 4: evaluation(2.25)}),
+        "ladder-pd": (GeneratorRecord("anna/four", [4]),
+                      TrainingRecord(128, 5e-5, "pd", LADDER[:1], "/data/base", "/data/images"), {}),
+        "ladder-one-step": (GeneratorRecord("anna/one", [1], num_classes=10),
+                            TrainingRecord(128, 5e-5, "cfd", [Rung(1, 1024, "cfd", 1, 0, 1, 9)]), {}),
+        "sfd-one": (GeneratorRecord("anna/one", [1], True), TrainingRecord(256, 1e-4, "l1", **sfd),
+                    {1: evaluation(9.0)}),
+        "sfd-several": (several, TrainingRecord(256, 1e-4, "l1", **sfd), {}),
+        "sfd-rcfd": (several, TrainingRecord(256, 1e-4, "rcfd", classifier="resnet18", dataset="anna/digits", **sfd),
                      {3: evaluation(2.0), 2: evaluation(4.0)}),
-        "sfd-conditional": (Generator("anna/sfd", [2, 3], True, 10, stock_calls=stock_calls(conditional)),
-                            Training(256, 1e-4, "cfd", **sfd), {}),
+        "sfd-conditional": (GeneratorRecord("anna/sfd", [2, 3], True, 10, stock_calls=stock_calls(conditional)),
+                            TrainingRecord(256, 1e-4, "cfd", **sfd), {}),
     }  # fmt: skip
 
 
@@ -139,9 +142,9 @@ def test_cards_are_those_of_0_1(tmp_path):
     write_model_card(tmp_path, *generators()["ladder"])
     results = (tmp_path / ".eval_results/diffusers_rcfd.yaml").read_text()
     assert results == (SAVED / "cards/ladder.eval_results.yaml").read_text()
-    write_classifier_card(tmp_path, Classifier("anna/classifier", "resnet18", "anna/digits", 0.98765))
+    write_classifier_card(tmp_path, ClassifierRecord("anna/classifier", "resnet18", "anna/digits", 0.98765))
     assert (tmp_path / "README.md").read_text() == as_before("classifier")
-    write_classifier_card(tmp_path, Classifier("anna/classifier", "resnet18"))
+    write_classifier_card(tmp_path, ClassifierRecord("anna/classifier", "resnet18"))
     assert (tmp_path / "README.md").read_text() == as_before("classifier-unmeasured")
 
 
@@ -228,11 +231,11 @@ def test_local_names_are_not_published(tmp_path, monkeypatch):
     public = {"config": {"output_dir": None, "dataset": None, "tags": ["a", None], "steps": 3}, "on": True}
     assert remove_local_names(record) == public
     measured = {2: evaluation(3.5) | {"reference": "/data/images [train]"}}
-    training = Training(128, 5e-5, "pd", LADDER[:1], "runs/base", "/data/images")
-    card = create_model_card(Generator("anna/two", [2]), training, measured)
+    training = TrainingRecord(128, 5e-5, "pd", LADDER[:1], "runs/base", "/data/images")
+    card = create_model_card(GeneratorRecord("anna/two", [2]), training, measured)
     assert "/data" not in card.content and "runs" not in card.content and card.data.get("base_model") is None
     assert "- teacher: a local model\n- data: local files\n" in card.content and "99 of local files," in card.content
-    write_classifier_card(tmp_path, Classifier("anna/guide", "resnet18", "/data/images"))
+    write_classifier_card(tmp_path, ClassifierRecord("anna/guide", "resnet18", "/data/images"))
     assert "trained on images," in (tmp_path / "README.md").read_text()
 
 
@@ -255,8 +258,8 @@ def test_odd_names_leave_the_card_as_it_is():
 
     def card_of(name):
         return create_model_card(
-            Generator(f"anna/{name}", [2], num_classes=3),
-            Training(128, 5e-5, "rcfd", LADDER, "you/base", name, name),
+            GeneratorRecord(f"anna/{name}", [2], num_classes=3),
+            TrainingRecord(128, 5e-5, "rcfd", LADDER, "you/base", name, name),
             {2: evaluation(3.5) | {"extractor": name, "reference": f"{name} [train]"}},
         )
 
@@ -275,7 +278,7 @@ def test_odd_names_leave_the_card_as_it_is():
             assert line.startswith(parts[0]) and line.endswith(parts[-1])
         code = card.text.split("```python\n")[1].split("\n```")[0]
         assert f"anna/{name}" in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-        again = create_model_card(Generator("anna/two", [2]), existing=card.content)
+        again = create_model_card(GeneratorRecord("anna/two", [2]), existing=card.content)
         assert again.text.count(BEGIN) == again.text.count(END) == 1 and "## Ladder" not in again.text
 
 

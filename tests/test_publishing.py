@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 
@@ -26,7 +27,7 @@ from diffusers_rcfd import (
     load_image_data,
 )
 from diffusers_rcfd.hub.model_card import BEGIN, END
-from diffusers_rcfd.hub.publishing import open_repository
+from diffusers_rcfd.hub.publishing import EVAL_RESULTS, list_model_files, open_repository, publish_files, read_card
 from tests.fake_hub import ClientError, ClientProcess, FakeHub
 from tests.test_hub import image_folder
 from tests.toys import tiny_classifier, tiny_teacher, tiny_unet
@@ -275,6 +276,48 @@ def test_nothing_published_names_a_place_a_user_or_a_host(hub, client, tmp_path)
     state = hub.files("anna/odd-ladder", "checkpoint")["trainer_state.json"]
     assert state == (folder / "ladder/checkpoint-2/trainer_state.json").read_bytes()  # its checksum holds
     assert folder.name in (folder / "base/run.json").read_text()
+
+
+def test_only_what_was_saved_is_published(tmp_path):
+    """By the index of the pipeline; neither other files, nor an old student's folder, nor what lies behind a link."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/diary.txt").write_text("mine")
+    (tmp_path / "elsewhere/config.json").write_text("{}")
+    folder = tmp_path / "run"
+    tiny_teacher(2).save_pretrained(folder)
+    tiny_teacher(4).save_pretrained(folder / "4-step")
+    saved = ["model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json",
+             "unet/diffusion_pytorch_model.safetensors"]  # fmt: skip
+    for name in ("notes.txt", "unet/notes.txt", "checkpoint-1/model.safetensors", "logs/events", "samples/1.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    assert sorted(list_model_files(folder)) == saved
+    (folder / "README.md").write_text("words")
+    (folder / "run.json").write_text("{}")
+    (folder / "samples.png").symlink_to(tmp_path / "elsewhere/diary.txt")
+    assert sorted(list_model_files(folder)) == sorted([*saved, "README.md", "run.json"])
+    shutil.rmtree(folder / "unet")
+    (folder / "unet").symlink_to(tmp_path / "elsewhere")
+    assert "unet/config.json" not in list_model_files(folder)
+    tiny_classifier().save_pretrained(tmp_path / "classifier")
+    (tmp_path / "classifier/other.json").write_text("{}")
+    assert list_model_files(tmp_path / "classifier") == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_results_of_an_earlier_run_leave_the_repository(hub, client, tmp_path):
+    hub.add_repo("anna/again", {name: b"old" for name in (EVAL_RESULTS, "evaluation.json", "run.json", "notes.txt")})
+    (tmp_path / "run.json").write_text("{}")
+    client(publish_files, tmp_path, ["run.json"], "anna/again")
+    assert hub.files("anna/again") == {"run.json": b"{}", "notes.txt": b"old"}
+
+
+def test_card_that_cannot_be_reached_is_not_taken_for_missing(hub, client):
+    hub.add_repo("anna/reached", {"README.md": b"Hand-made words.", "config.json": b"{}"})
+    assert client(read_card, "anna/reached") == "Hand-made words."
+    hub.add_repo("anna/bare", {"config.json": b"{}"})
+    assert client(read_card, "anna/bare") is None and client(read_card, "anna/bare", None, "no-branch") is None
+    with pytest.raises(ConnectionError, match="The Hub cannot be reached for the card of 'anna/reached'"):
+        read_card("anna/reached")  # the test's own process is offline
 
 
 def test_token_is_written_nowhere(hub, client, tmp_path):

@@ -31,7 +31,7 @@ GENERATED = (*RESULTS, "base_model", "datasets", "library_name", "pipeline_tag")
 
 
 @dataclass
-class Generator:
+class GeneratorRecord:
     """A model that generates images, as its card describes it. See `describe_generator`.
 
     Args:
@@ -76,7 +76,7 @@ class Generator:
 
 
 @dataclass
-class Training:
+class TrainingRecord:
     """How a generator was trained.
 
     Args:
@@ -126,7 +126,7 @@ class Training:
 
 
 @dataclass
-class Classifier:
+class ClassifierRecord:
     """A classifier trained for distillation, as its card describes it.
 
     Args:
@@ -147,7 +147,7 @@ class Classifier:
         return self.repo_id.split("/")[-1]
 
 
-def describe_generator(pipeline: "RCFDPipeline", repo_id: str) -> Generator:
+def describe_generator(pipeline: "RCFDPipeline", repo_id: str) -> GeneratorRecord:
     """Describe a pipeline for its card.
 
     Args:
@@ -157,7 +157,7 @@ def describe_generator(pipeline: "RCFDPipeline", repo_id: str) -> Generator:
     scheduler, has_stock_form = pipeline.scheduler, pipeline.has_stock_form
     on_nodes = sorted(scheduler.trained_steps)
     own = scheduler.config.num_inference_steps
-    return Generator(
+    return GeneratorRecord(
         repo_id,
         student_steps=on_nodes or ([] if own is None else [own]),
         samples_nodes=bool(on_nodes),
@@ -177,8 +177,8 @@ def read_evaluations(path: Path) -> dict[int, dict[str, Any]]:
 
 def write_model_card(
     folder: Path,
-    model: Generator,
-    training: Training | None = None,
+    model: GeneratorRecord,
+    training: TrainingRecord | None = None,
     evaluations: dict[int, dict[str, Any]] | None = None,
     existing: str | None = None,
 ) -> ModelCard:
@@ -236,12 +236,12 @@ def write_pipeline_card(
     return write_model_card(folder, model, existing=existing)
 
 
-def write_classifier_card(folder: Path, classifier: Classifier, existing: str | None = None) -> ModelCard:
+def write_classifier_card(folder: Path, classifier: ClassifierRecord, existing: str | None = None) -> ModelCard:
     """Write a classifier's card as `README.md`.
 
     Args:
         folder (`Path`): where the classifier was saved.
-        classifier (`Classifier`): what to say.
+        classifier (`ClassifierRecord`): what to say.
         existing (`str`, *optional*): see `create_model_card`.
     """
     data = ModelCardData(
@@ -257,16 +257,16 @@ def write_classifier_card(folder: Path, classifier: Classifier, existing: str | 
 
 
 def create_model_card(
-    model: Generator,
-    training: Training | None = None,
+    model: GeneratorRecord,
+    training: TrainingRecord | None = None,
     evaluations: dict[int, dict[str, Any]] | None = None,
     existing: str | None = None,
 ) -> ModelCard:
     """Create the card of a generator.
 
     Args:
-        model (`Generator`): what it is.
-        training (`Training`, *optional*): how it was trained; left out where that is not known.
+        model (`GeneratorRecord`): what it is.
+        training (`TrainingRecord`, *optional*): how it was trained; left out where that is not known.
         evaluations (`dict[int, dict]`, *optional*): `EvaluationResult.to_dict()` by student steps.
         existing (`str`, *optional*): the README.md that is there. Text outside the generated section stays, and so
             do tags and the metadata that a person chooses; results, metrics, data set and base model are replaced.
@@ -287,7 +287,7 @@ def create_model_card(
     return _fill("model_card_template.md", data, existing, model=model, training=training, evaluations=evaluations)
 
 
-def _tags(model: Generator, training: Training | None) -> list[str]:
+def _tags(model: GeneratorRecord, training: TrainingRecord | None) -> list[str]:
     tags = ["diffusers_rcfd"]
     if model.samples_nodes:
         tags += ["sfd", "distillation", "few-step", f"arxiv:{SFD_ARXIV}"]
@@ -299,7 +299,7 @@ def _tags(model: Generator, training: Training | None) -> list[str]:
 
 
 def _model_index_entries(
-    model: Generator, training: Training | None, evaluation: dict[str, Any] | None
+    model: GeneratorRecord, training: TrainingRecord | None, evaluation: dict[str, Any] | None
 ) -> list[EvalResult]:
     """The results of one evaluation in the `model-index` form of a card's metadata."""
     if evaluation is None:

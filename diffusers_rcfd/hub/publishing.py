@@ -158,8 +158,8 @@ def publish_files(
         )
     except Exception as error:
         raise ConnectionError(
-            f"Publishing {str(folder)!r} as {repo_id!r} failed, and nothing of it was published; it is whole in that "
-            f"folder, push it again: {error}"
+            f"Publishing {str(folder)!r} as {repo_id!r} failed, and nothing of it was published. The folder is "
+            f"complete: push it again. The reason: {error}"
         ) from error
     return str(commit)
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
 from diffusers_rcfd.evaluation.evaluator import EvaluationResult, Evaluator
-from diffusers_rcfd.hub.model_card import Training, describe_generator, read_evaluations, write_model_card
+from diffusers_rcfd.hub.model_card import TrainingRecord, describe_generator, read_evaluations, write_model_card
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.trainers.batches import derived_seed
 from diffusers_rcfd.trainers.checkpoints import EVALUATION_FILE, write_json
@@ -106,13 +106,13 @@ class GeneratorTrainer(Trainer):
     def _write_card(
         self, pipeline: RCFDPipeline, folder: Path, existing: str | None, num_inference_steps=None, **known
     ) -> None:
-        """Write the card of a model in `folder`, with a grid of its samples; `known` goes to `Training`."""
+        """Write the card of a model in `folder`, with a grid of its samples; `known` goes to `TrainingRecord`."""
         config = self.config
         images = sample_grid(pipeline.to(self.accelerator.device), config, num_inference_steps)
         save_image(images, folder / "samples.png", nrow=8, padding=1)
         batch_size = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
         model = describe_generator(pipeline, self.repo_id or folder.name)
-        training = Training(batch_size, config.learning_rate, seconds=self.state.seconds, **known)
+        training = TrainingRecord(batch_size, config.learning_rate, seconds=self.state.seconds, **known)
         write_model_card(folder, model, training, read_evaluations(self.output_dir / EVALUATION_FILE), existing)
 
     def _judge(self, evaluator: Evaluator | None) -> Evaluator:
