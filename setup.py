@@ -14,6 +14,7 @@ INSTALL_REQUIRES = [
     "datasets>=4.0",
     "diffusers>=0.41",
     "huggingface-hub>=1.32",
+    "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=2.0",
     "pillow>=10.4",
@@ -61,7 +62,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["diffusion", "distillation", "diffusers", "few-step sampling", "image generation"],
     packages=find_packages(include=["diffusers_rcfd", "diffusers_rcfd.*"]),
-    package_data={"diffusers_rcfd": ["py.typed", "data/*.parquet", "data/README.md"]},
+    package_data={"diffusers_rcfd": ["py.typed", "hub/*.md", "data/*.parquet", "data/README.md"]},
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require={

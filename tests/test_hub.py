@@ -606,12 +606,12 @@ def test_repository_of_another_kind_or_of_none(hub, client, files):
 # --- data sets -------------------------------------------------------------------------------------------------
 
 
-def image_folder():
-    """Six PNG files in two classes, as a data set's repository holds them."""
+def image_folder(rows=6):
+    """PNG files in two classes, as a data set's repository holds them."""
     repository = {}
-    for row in range(6):
+    for row in range(rows):
         buffer = BytesIO()
-        Image.fromarray(np.full((8, 8), 40 * row, dtype=np.uint8)).save(buffer, format="png")
+        Image.fromarray(np.full((8, 8), 40 * row % 256, dtype=np.uint8)).save(buffer, format="png")
         repository[f"train/{('cat', 'dog')[row % 2]}/{row}.png"] = buffer.getvalue()
     return repository
 

@@ -21,7 +21,7 @@ from diffusers import (
 )
 
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
-from diffusers_rcfd.hub.model_card import RunDescription, create_model_card, steps_described
+from diffusers_rcfd.hub.model_card import create_model_card, describe_generator
 from tests.toys import largest_file, tiny_sfd_student, tiny_unet
 
 
@@ -303,7 +303,7 @@ def test_stock_form_is_of_images_whose_size_is_a_number(tmp_path, size):
     custom = quiet(DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True))
     images = custom(2, generator=seeded(), output_type="np").images
     np.testing.assert_allclose(images, student(2, generator=seeded(), output_type="np").images, atol=1e-6)
-    card = create_model_card(RunDescription("me/mine", None, **steps_described(student))).content
+    card = create_model_card(describe_generator(student, "me/mine")).content
     assert "custom_pipeline=repo" in card and "timesteps=" not in card
 
 

@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
@@ -18,27 +19,20 @@ from diffusers_rcfd import (
     DiffusionConfig,
     DiffusionTrainer,
     Evaluator,
+    FeatureClassifier,
     RCFDPipeline,
     RCFDScheduler,
     SFDDistillationConfig,
     SFDDistillationTrainer,
     load_image_data,
 )
-from diffusers_rcfd.distillation.rungs import Rung
-from diffusers_rcfd.hub.model_card import BEGIN, END, RunDescription, create_model_card, write_model_card
-from diffusers_rcfd.hub.publishing import open_repository
+from diffusers_rcfd.hub.model_card import BEGIN, END
+from diffusers_rcfd.hub.publishing import EVAL_RESULTS, list_model_files, open_repository, publish_files, read_card
 from tests.fake_hub import ClientError, ClientProcess, FakeHub
+from tests.test_hub import image_folder
 from tests.toys import tiny_classifier, tiny_teacher, tiny_unet
 
-RUNGS = [Rung(4, 2, "pd", 1.0, 0.0, 0.5, 300), Rung(2, 2, "rcfd", 0.9, 0.003, 0.75, 500)]
-EVALUATION = {
-    "metrics": {"fd": {"label": "FD(tiny)", "value": 3.5, "confidence_interval": [3.0, 4.0]}},
-    "num_images": 64, "seed": 0, "extractor": "tiny", "reference": "anna/digits [train]", "num_reference_images": 99,
-    "reference_key": "",
-}  # fmt: skip
-RUN = RunDescription(
-    "anna/two", RUNGS, "you/base", "anna/digits", "resnet18", training_seconds=3725, evaluations={2: EVALUATION}
-)
+TRAINED = ("base", "classifier", "ladder", "sfd")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +101,34 @@ def without_token(function, *args, **options):
         return function(*args, **options)
     finally:
         os.environ["HF_TOKEN"] = token
+
+
+def train_in(folder, data, user, host):
+    """Each trainer, with all that may keep a path: local images and teachers, records, checkpoints, best weights."""
+    os.environ |= {"USER": user, "LOGNAME": user}
+    socket.gethostname = lambda: host  # in this process alone
+    data = load_image_data(str(data))
+    evaluator = Evaluator(tiny_classifier().eval(), data, name="tiny", metrics=["fd"], cache_dir=False)
+    options = {"max_train_steps": 1, "train_batch_size": 8, "num_sample_images": 4, "push_to_hub": True}
+    best = options | {"eval_steps": 1, "eval_num_images": 8, "load_best_model_at_end": True}
+
+    def place(name):
+        return {"output_dir": str(folder / name), "hub_model_id": f"anna/odd-{name}"}
+
+    config = DiffusionConfig(**best, **place("base"), sample_inference_steps=2, sample_steps=1,
+                             report_to="tensorboard")  # fmt: skip
+    DiffusionTrainer(tiny_unet(), RCFDScheduler(), config, data, evaluator=evaluator).train()
+    ClassifierTrainer(tiny_classifier(2), ClassifierConfig(**options, **place("classifier")), data).train()
+    teacher = RCFDPipeline.from_pretrained(folder / "base")
+    classifier = FeatureClassifier.from_pretrained(folder / "classifier")
+    ladder = options | {"student_steps": [1], "objective": ["cfd"], "max_train_steps": [2], "checkpointing_steps": 1}
+    config = CFDDistillationConfig(**ladder, **place("ladder"), hub_strategy="checkpoint")
+    CFDDistillationTrainer(teacher, classifier, config, data).train()
+    config = SFDDistillationConfig(student_steps=[2], objective="cfd", **best, **place("sfd"))
+    SFDDistillationTrainer(teacher, classifier, config, evaluator=evaluator).train()
+    RCFDPipeline.from_pretrained(folder / "ladder/1-step").push_to_hub("anna/odd-pushed")
+    (folder / "diary.txt").write_text("mine")
+    teacher.save_pretrained(folder, push_to_hub=True, repo_id="anna/odd-saved")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,6 +252,74 @@ def test_cut_upload_publishes_nothing_and_says_where_the_model_is(hub, client, t
     assert hub.files("anna/cut") == before and (tmp_path / "two/1-step/model_index.json").is_file()
 
 
+def test_nothing_published_names_a_place_a_user_or_a_host(hub, client, tmp_path):
+    user, host = "quinquagesima", "halcyon-node-7"
+    folder, data = tmp_path / user / "zephyr-42", tmp_path / user / "gargoyle pictures"
+    for path, content in image_folder(rows=20).items():
+        (data / path).parent.mkdir(parents=True, exist_ok=True)
+        (data / path).write_bytes(content)
+    folder.mkdir(parents=True)
+    client(train_in, folder, data, user, host)
+    published = [
+        (name, path, content)
+        for (_, name), repo in hub.repos.items()
+        if name.startswith("anna/odd-")
+        for files in repo.commits.values()
+        for path, content in files.items()
+    ]
+    assert {name for name, _, _ in published} == {f"anna/odd-{name}" for name in (*TRAINED, "pushed", "saved")}
+    words = [word.encode() for word in (user, host, folder.name, data.name, str(tmp_path), tmp_path.name)]
+    assert not [(name, path, word) for name, path, content in published for word in words if word in content]
+    assert not [path for _, path, _ in published if "tfevents" in path or path == "diary.txt"]
+    record = json.loads(hub.files("anna/odd-base")["run.json"])["config"]
+    assert record["output_dir"] is None and record["hub_model_id"] == "anna/odd-base"
+    state = hub.files("anna/odd-ladder", "checkpoint")["trainer_state.json"]
+    assert state == (folder / "ladder/checkpoint-2/trainer_state.json").read_bytes()  # its checksum holds
+    assert folder.name in (folder / "base/run.json").read_text()
+
+
+def test_only_what_was_saved_is_published(tmp_path):
+    """By the index of the pipeline; neither other files, nor an old student's folder, nor what lies behind a link."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/diary.txt").write_text("mine")
+    (tmp_path / "elsewhere/config.json").write_text("{}")
+    folder = tmp_path / "run"
+    tiny_teacher(2).save_pretrained(folder)
+    tiny_teacher(4).save_pretrained(folder / "4-step")
+    saved = ["model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json",
+             "unet/diffusion_pytorch_model.safetensors"]  # fmt: skip
+    for name in ("notes.txt", "unet/notes.txt", "checkpoint-1/model.safetensors", "logs/events", "samples/1.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    assert sorted(list_model_files(folder)) == saved
+    (folder / "README.md").write_text("words")
+    (folder / "run.json").write_text("{}")
+    (folder / "samples.png").symlink_to(tmp_path / "elsewhere/diary.txt")
+    assert sorted(list_model_files(folder)) == sorted([*saved, "README.md", "run.json"])
+    shutil.rmtree(folder / "unet")
+    (folder / "unet").symlink_to(tmp_path / "elsewhere")
+    assert "unet/config.json" not in list_model_files(folder)
+    tiny_classifier().save_pretrained(tmp_path / "classifier")
+    (tmp_path / "classifier/other.json").write_text("{}")
+    assert list_model_files(tmp_path / "classifier") == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_results_of_an_earlier_run_leave_the_repository(hub, client, tmp_path):
+    hub.add_repo("anna/again", {name: b"old" for name in (EVAL_RESULTS, "evaluation.json", "run.json", "notes.txt")})
+    (tmp_path / "run.json").write_text("{}")
+    client(publish_files, tmp_path, ["run.json"], "anna/again")
+    assert hub.files("anna/again") == {"run.json": b"{}", "notes.txt": b"old"}
+
+
+def test_card_that_cannot_be_reached_is_not_taken_for_missing(hub, client):
+    hub.add_repo("anna/reached", {"README.md": b"Hand-made words.", "config.json": b"{}"})
+    assert client(read_card, "anna/reached") == "Hand-made words."
+    hub.add_repo("anna/bare", {"config.json": b"{}"})
+    assert client(read_card, "anna/bare") is None and client(read_card, "anna/bare", None, "no-branch") is None
+    with pytest.raises(ConnectionError, match="The Hub cannot be reached for the card of 'anna/reached'"):
+        read_card("anna/reached")  # the test's own process is offline
+
+
 def test_token_is_written_nowhere(hub, client, tmp_path):
     token = next(iter(hub.tokens))
     client(distil, tmp_path / "run", hub_model_id="anna/secret", hub_token=token, hub_strategy="checkpoint",
@@ -239,38 +329,6 @@ def test_token_is_written_nowhere(hub, client, tmp_path):
     assert token not in repr(config)
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or token.encode() not in path.read_bytes(), path
-
-
-def test_card_is_valid_and_complete(tmp_path):
-    card = write_model_card(tmp_path, RUN)
-    data = yaml.safe_load(card.content.split("---")[1])
-    assert data["base_model"] == "you/base" and data["datasets"] == ["anna/digits"] and data["license"] == "apache-2.0"
-    assert "arxiv:2211.12039" in data["tags"]
-    result = data["model-index"][0]["results"][0]["metrics"][0]
-    assert result["value"] == 3.5 and result["type"] == "fd-tiny"
-    entries = yaml.safe_load((tmp_path / ".eval_results/diffusers_rcfd.yaml").read_text())
-    assert entries[0]["dataset"]["id"] == "anna/digits" and entries[0]["value"] == 3.5
-    for words in (
-        'RCFDPipeline.from_pretrained("anna/two")', "use_clipped_model_output=True", "@inproceedings",
-        "1 h 02 min 05 s",
-        "| 2-step | 4 | rcfd | 0.9 | 0.003 |", "| 4-step | 8 | pd | - | - | - | 300 |",
-        "64 generated images (seed 0) against 99",
-    ):  # fmt: skip
-        assert words in card.content, words
-    assert "FID" not in card.content
-
-
-def test_local_names_are_not_published():
-    card = create_model_card(RunDescription("anna/two", RUNGS, "/data/base", "/data/images", "resnet18"))
-    assert "/data" not in card.content and "- data: local files" in card.content
-    assert card.data.get("base_model") is None
-
-
-def test_existing_card_without_our_section_keeps_its_text():
-    card = create_model_card(RUN, "---\nlicense: mit\ntags:\n- mine\nmetrics:\n- old\n---\n\n# Mine\n\nWords.\n")
-    data = yaml.safe_load(card.content.split("---")[1])
-    assert data["license"] == "mit" and data["tags"][0] == "mine" and "rcfd" in data["tags"]
-    assert data["metrics"] == ["fd-tiny"] and "Words." in card.content and BEGIN in card.content
 
 
 def test_evaluation_is_recorded(tmp_path):

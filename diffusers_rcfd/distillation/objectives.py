@@ -63,6 +63,11 @@ def needs_classifier(weights: dict[str, float]) -> bool:
     return any(name in GUIDED_TERMS for name in weights)
 
 
+def compares_features(weights: dict[str, float]) -> bool:
+    """Whether one of the terms is CFD's comparison of what a classifier sees."""
+    return any(name in COMPARISONS.values() for name in weights)
+
+
 def parse_terms(terms: list[str]) -> dict[str, float]:
     """Weights by name from "name=weight" texts.
 

@@ -1,4 +1,8 @@
-"""The Hub model card of a student: written from what the run knows, and kept apart from what a person adds."""
+"""The Hub cards of models: what is known of a model fills a template, and what a person wrote around it stays.
+
+The templates, `model_card_template.md` and `classifier_card_template.md`, say how a card reads; the records here say
+what it is about: the model, its training and its evaluations.
+"""
 
 import json
 import platform
@@ -12,400 +16,336 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from diffusers_rcfd.distillation.rungs import Rung
-from diffusers_rcfd.hub.publishing import read_card
+from diffusers_rcfd.hub.public_names import is_hub_id, markdown_code, markdown_text, public_name
+from diffusers_rcfd.hub.publishing import EVAL_RESULTS
 
 if TYPE_CHECKING:
     from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 
-CFD_ARXIV, SFD_ARXIV = "2211.12039", "2409.19681"
 BEGIN, END = "<!-- diffusers_rcfd: written by the trainer -->", "<!-- diffusers_rcfd: end -->"
-PACKAGES = ("torch", "diffusers", "accelerate", "huggingface-hub")
-CFD_CITATION = """@inproceedings{sun2023accelerating,
-  title     = {Accelerating Diffusion Sampling with Classifier-based Feature Distillation},
-  author    = {Sun, Wujie and Chen, Defang and Wang, Can and Ye, Deshi and Feng, Yan and Chen, Chun},
-  booktitle = {IEEE International Conference on Multimedia and Expo},
-  year      = {2023},
-  eprint    = {2211.12039},
-}"""
-SFD_CITATION = """@inproceedings{zhou2024simple,
-  title     = {Simple and Fast Distillation of Diffusion Models},
-  author    = {Zhou, Zhenyu and Chen, Defang and Wang, Can and Chen, Chun and Lyu, Siwei},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024},
-  eprint    = {2409.19681},
-}"""
+CFD_ARXIV = "2211.12039"
+SFD_ARXIV = "2409.19681"
+PACKAGES = ("torch", "diffusers", "accelerate", "huggingface-hub", "diffusers_rcfd")
+RESULTS = ("model-index", "metrics")
+GENERATED = (*RESULTS, "base_model", "datasets", "library_name", "pipeline_tag")
 
 
 @dataclass
-class RunDescription:
-    """What a card says of a run.
+class GeneratorRecord:
+    """A model that generates images, as its card describes it. See `describe_generator`.
 
     Args:
-        repo_id (`str`): "user/name" of the repository, or a folder's name.
-        rungs (`list[Rung]`, *optional*): the ladder as far as it is climbed; the card is of its last student, or of a
-            base model where there is none. None where nothing is known of the training, which is then left out.
-        teacher (`str`, *optional*): Hub id of the first teacher; a local path is not published.
-        dataset (`str`, *optional*): name of the data set; linked where it is a Hub id "owner/name".
-        classifier (`str`, *optional*): the classifier whose features were compared.
-        license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights.
-        train_batch_size (`int`), learning_rate (`float`): of distillation, over all processes.
-        training_seconds (`float`, *optional*): wall time of distillation.
-        evaluations (`dict[int, dict]`): `EvaluationResult.to_dict()` by student steps.
+        repo_id (`str`): "owner/name" of the repository, or a folder's name.
+        student_steps (`list[int]`, defaults to `[]`): the numbers of steps that it was distilled for, rising; none
+            for a base model.
+        samples_nodes (`bool`, defaults to `False`): whether it is a student of SFD, which samples at its own nodes.
         num_classes (`int`, *optional*): of a class-conditional model.
         prediction_type (`str`, defaults to `"sample"`): what the network predicts.
-        data_std (`float`, defaults to 1.0): of the scheduler; others than 1 are unknown to stock pipelines.
-        num_inference_steps (`int`, *optional*): steps of a model with no `rungs`.
-        network_evaluations (`list[int]`): of a student of SFD, which has no rungs: the numbers that it samples in.
-        objective (`str`, *optional*): of a student of SFD: l1, cfd or rcfd; None where it is not known.
-        stock_calls (`dict[int, dict]`): of a student of SFD, `RCFDPipeline.stock_call` for each of those numbers; none
-            without a stock form.
+        data_std (`float`, defaults to 1.0): of the scheduler; stock pipelines know 1 alone.
+        on_stock_grid (`bool`, defaults to `True`): whether a stock scheduler has its grid of steps.
+        stock_calls (`dict[int, dict]`, defaults to `{}`): `RCFDPipeline.stock_call` of a student of SFD for each of
+            its `student_steps`, falling; none where it has no stock form.
     """
 
     repo_id: str
-    rungs: list[Rung] | None
-    teacher: str | None = None
-    dataset: str | None = None
-    classifier: str | None = None
-    license: str | None = "apache-2.0"
-    train_batch_size: int = 128
-    learning_rate: float = 5e-5
-    training_seconds: float | None = None
-    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    student_steps: list[int] = field(default_factory=list)
+    samples_nodes: bool = False
     num_classes: int | None = None
     prediction_type: str = "sample"
     data_std: float = 1.0
-    num_inference_steps: int | None = None
-    network_evaluations: list[int] = field(default_factory=list)
-    objective: str | None = None
+    on_stock_grid: bool = True
     stock_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def student_steps(self) -> int | None:
-        """Steps of the student that the card is of, its most where it has several; None for a base model."""
-        if self.network_evaluations:
-            return max(self.network_evaluations)
-        return self.rungs[-1].student_steps if self.rungs else self.num_inference_steps
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self.repo_id.split("/")[-1]
 
     @property
-    def papers(self) -> dict[str, str]:
-        """The methods' papers, their BibTeX entries by arXiv number."""
-        sfd = {SFD_ARXIV: SFD_CITATION} if self.network_evaluations else {}
-        return sfd | ({CFD_ARXIV: CFD_CITATION} if self.guided or not sfd else {})
+    def default_steps(self) -> int | None:
+        """The steps that it samples in unless it is told otherwise; None for a base model."""
+        return max(self.student_steps, default=None)
 
     @property
-    def guided(self) -> bool:
-        """Whether this is a student of SFD by a feature loss."""
-        return self.objective in ("cfd", "rcfd")
+    def needs_steps(self) -> bool:
+        """Whether a call is shown with `num_inference_steps`, as there is more than one number to choose from."""
+        return len(self.student_steps) != 1
+
+    @property
+    def is_stock_ddim(self) -> bool:
+        """Whether a stock `DDIMPipeline`, which knows no classes, nodes and `data_std`, makes the same images."""
+        return not self.samples_nodes and not self.num_classes and self.data_std == 1 and self.on_stock_grid
 
 
-def steps_described(student: "RCFDPipeline") -> dict[str, Any]:
-    """What a `RunDescription` says of the step counts of a student of SFD; nothing for other models."""
-    counts = sorted(student.scheduler.trained_steps)
-    stock_calls = {N: student.stock_call(N) for N in reversed(counts)} if student.has_stock_form else {}
-    return {"network_evaluations": counts, "stock_calls": stock_calls}
+@dataclass
+class TrainingRecord:
+    """How a generator was trained.
+
+    Args:
+        train_batch_size (`int`): images for an optimizer step, over all processes.
+        learning_rate (`float`): the peak learning rate.
+        objective (`str`, *optional*): what the student was distilled by, such as "rcfd"; None for a base model.
+        rungs (`list[Rung]`, defaults to `[]`): a ladder as far as it is climbed; the model is its last student.
+        teacher (`str`, *optional*): the first teacher, published where it is a Hub id.
+        dataset (`str`, *optional*): the data set, published where it is no local path, linked where it is a Hub id.
+        classifier (`str`, *optional*): the classifier whose features were compared.
+        is_guided (`bool`, defaults to `False`): whether the objective compares a classifier's features.
+        seconds (`float`, *optional*): wall time.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights.
+    """
+
+    train_batch_size: int
+    learning_rate: float
+    objective: str | None = None
+    rungs: list[Rung] = field(default_factory=list)
+    teacher: str | None = None
+    dataset: str | None = None
+    classifier: str | None = None
+    is_guided: bool = False
+    seconds: float | None = None
+    license: str | None = "apache-2.0"
+
+    @property
+    def hub_teacher(self) -> str | None:
+        """The teacher, where it is one of the Hub."""
+        return self.teacher if is_hub_id(self.teacher) else None
+
+    @property
+    def hub_dataset(self) -> str | None:
+        """The data set, where it is one of the Hub."""
+        return self.dataset if is_hub_id(self.dataset) else None
+
+    @property
+    def duration(self) -> str:
+        """The wall time in words."""
+        if self.seconds is None:
+            return "not recorded"
+        minutes, seconds = divmod(round(self.seconds), 60)
+        return f"{minutes // 60} h {minutes % 60:02d} min {seconds:02d} s"
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name has the form of a Hub repository, "owner/name", and is no local folder."""
-    return bool(name) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()
+@dataclass
+class ClassifierRecord:
+    """A classifier trained for distillation, as its card describes it.
+
+    Args:
+        repo_id (`str`): "owner/name" of the repository, or a folder's name.
+        backbone (`str`): name of the network.
+        dataset (`str`, *optional*): the data set, published where it is no local path, linked where it is a Hub id.
+        accuracy (`float`, *optional*): on held-out images, in 0..1.
+    """
+
+    repo_id: str
+    backbone: str
+    dataset: str | None = None
+    accuracy: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self.repo_id.split("/")[-1]
 
 
-def card_metadata(run: RunDescription) -> ModelCardData:
-    """The YAML head of the card, with evaluation results in the `model-index` form."""
-    results = [
+def describe_generator(pipeline: "RCFDPipeline", repo_id: str) -> GeneratorRecord:
+    """Describe a pipeline for its card.
+
+    Args:
+        pipeline (`RCFDPipeline`): a base model or a student.
+        repo_id (`str`): "owner/name" of the repository, or a folder's name.
+    """
+    scheduler, has_stock_form = pipeline.scheduler, pipeline.has_stock_form
+    on_nodes = sorted(scheduler.trained_steps)
+    own = scheduler.config.num_inference_steps
+    return GeneratorRecord(
+        repo_id,
+        student_steps=on_nodes or ([] if own is None else [own]),
+        samples_nodes=bool(on_nodes),
+        num_classes=pipeline.num_classes,
+        prediction_type=scheduler.config.prediction_type,
+        data_std=scheduler.config.data_std,
+        on_stock_grid=scheduler.has_stock_grid,
+        stock_calls={N: pipeline.stock_call(N) for N in reversed(on_nodes)} if has_stock_form else {},
+    )
+
+
+def read_evaluations(path: Path) -> dict[int, dict[str, Any]]:
+    """Read evaluations by student steps, as trainers save them in `evaluation.json`; none where there is no file."""
+    if not path.is_file():
+        return {}
+    return {int(steps): evaluation for steps, evaluation in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def write_model_card(
+    folder: Path,
+    model: GeneratorRecord,
+    training: TrainingRecord | None = None,
+    evaluations: dict[int, dict[str, Any]] | None = None,
+    existing: str | None = None,
+) -> ModelCard:
+    """Write a generator's card as `README.md`, and results on a Hub data set as `.eval_results/diffusers_rcfd.yaml`.
+
+    Args:
+        folder (`Path`): where the model was saved.
+        model, training, evaluations, existing: see `create_model_card`.
+    """
+    card = create_model_card(model, training, evaluations, existing)
+    card.save(folder / "README.md")
+    evaluation = (evaluations or {}).get(model.default_steps)
+    target = folder / EVAL_RESULTS
+    target.unlink(missing_ok=True)
+    if evaluation and training and training.hub_dataset:
+        entries = [
+            EvalResultEntry(
+                dataset_id=training.hub_dataset,
+                task_id=re.sub(r"\W+", "_", metric["label"]).strip("_").lower(),
+                value=metric["value"],
+                notes=f"{model.default_steps} steps, {evaluation['num_images']} images, {evaluation['extractor']}",
+            )
+            for metric in evaluation["metrics"].values()
+        ]
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    return card
+
+
+def write_pipeline_card(
+    pipeline: "RCFDPipeline", folder: Path, repo_id: str, existing: str | None = None
+) -> ModelCard:
+    """Write the card of a pipeline that is published by itself, from what it knows, with a grid of its samples.
+
+    Whoever publishes it chooses the license, and nothing is said of its training.
+
+    Args:
+        pipeline (`RCFDPipeline`): the model.
+        folder (`Path`): where it was saved.
+        repo_id (`str`): repository that it goes to.
+        existing (`str`, *optional*): see `create_model_card`.
+    """
+    import torch
+    from torchvision.utils import save_image
+
+    model = describe_generator(pipeline, repo_id)
+    images = pipeline(
+        batch_size=16,
+        num_inference_steps=model.default_steps or min(64, len(pipeline.scheduler) - 1),
+        generator=torch.Generator().manual_seed(0),
+        class_labels=None if model.num_classes is None else [i % model.num_classes for i in range(16)],
+        output_type="pt",
+    ).images
+    save_image(images.float(), folder / "samples.png", nrow=8, padding=1)
+    return write_model_card(folder, model, existing=existing)
+
+
+def write_classifier_card(folder: Path, classifier: ClassifierRecord, existing: str | None = None) -> ModelCard:
+    """Write a classifier's card as `README.md`.
+
+    Args:
+        folder (`Path`): where the classifier was saved.
+        classifier (`ClassifierRecord`): what to say.
+        existing (`str`, *optional*): see `create_model_card`.
+    """
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-classification",
+        license="apache-2.0",
+        datasets=[classifier.dataset] if is_hub_id(classifier.dataset) else None,
+        tags=["diffusers_rcfd", "feature-classifier", f"arxiv:{CFD_ARXIV}"],
+    )
+    card = _fill("classifier_card_template.md", data, existing, model=classifier)
+    card.save(folder / "README.md")
+    return card
+
+
+def create_model_card(
+    model: GeneratorRecord,
+    training: TrainingRecord | None = None,
+    evaluations: dict[int, dict[str, Any]] | None = None,
+    existing: str | None = None,
+) -> ModelCard:
+    """Create the card of a generator.
+
+    Args:
+        model (`GeneratorRecord`): what it is.
+        training (`TrainingRecord`, *optional*): how it was trained; left out where that is not known.
+        evaluations (`dict[int, dict]`, *optional*): `EvaluationResult.to_dict()` by student steps.
+        existing (`str`, *optional*): the README.md that is there. Text outside the generated section stays, and so
+            do tags and the metadata that a person chooses; results, metrics, data set and base model are replaced.
+    """
+    evaluations = evaluations or {}
+    results = _model_index_entries(model, training, evaluations.get(model.default_steps))
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=training and training.license,
+        base_model=training and training.hub_teacher,
+        datasets=[training.hub_dataset] if training and training.hub_dataset else None,
+        tags=_tags(model, training),
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=model.name if results else None,
+        eval_results=results or None,
+    )
+    return _fill("model_card_template.md", data, existing, model=model, training=training, evaluations=evaluations)
+
+
+def _tags(model: GeneratorRecord, training: TrainingRecord | None) -> list[str]:
+    tags = ["diffusers_rcfd"]
+    if model.samples_nodes:
+        tags += ["sfd", "distillation", "few-step", f"arxiv:{SFD_ARXIV}"]
+    elif model.student_steps and training:
+        tags += [training.objective, "distillation", "few-step"]
+    if not model.samples_nodes or (training and training.is_guided):
+        tags.append(f"arxiv:{CFD_ARXIV}")
+    return tags
+
+
+def _model_index_entries(
+    model: GeneratorRecord, training: TrainingRecord | None, evaluation: dict[str, Any] | None
+) -> list[EvalResult]:
+    """The results of one evaluation in the `model-index` form of a card's metadata."""
+    if evaluation is None:
+        return []
+    return [
         EvalResult(
             task_type="unconditional-image-generation",
             task_name="Image generation",
-            dataset_type=run.dataset if is_hub_id(run.dataset) else "images",
-            dataset_name=evaluation["reference"] or "images",
+            dataset_type=(training and training.hub_dataset) or "images",
+            dataset_name=public_name(evaluation["reference"]) or "images",
             metric_type=re.sub(r"\W+", "-", metric["label"]).strip("-").lower(),
-            metric_name=f"{metric['label']}, {run.student_steps} steps, {evaluation['num_images']} images",
+            metric_name=f"{metric['label']}, {model.default_steps} steps, {evaluation['num_images']} images",
             metric_value=metric["value"],
         )
-        for evaluation in [run.evaluations.get(run.student_steps)]
-        if evaluation
         for metric in evaluation["metrics"].values()
     ]
-    return ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        license=run.license,
-        base_model=run.teacher if is_hub_id(run.teacher) else None,
-        datasets=[run.dataset] if is_hub_id(run.dataset) else None,
-        tags=[
-            "diffusers_rcfd",
-            *([run.rungs[-1].objective, "distillation", "few-step"] if run.rungs else []),
-            *(["sfd", "distillation", "few-step"] if run.network_evaluations else []),
-            *(f"arxiv:{number}" for number in run.papers),
-        ],
-        metrics=sorted({result.metric_type for result in results}) or None,
-        model_name=run.repo_id.split("/")[-1] if results else None,
-        eval_results=results or None,
-    )
 
 
-def card_text(run: RunDescription) -> str:
-    """The generated section of the card, between its two markers."""
-    return "\n".join(
-        [
-            BEGIN,
-            f"\n{_summary(run)}\n\n![Samples](samples.png)\n",
-            _usage(run),
-            _ladder_table(run),
-            _evaluation_section(run),
-            _training_section(run),
-            "\n## Citation\n\n```bibtex\n{}\n```\n\n{}".format("\n".join(run.papers.values()), END),
-        ]
-    )
-
-
-def _training_section(run: RunDescription) -> str:
-    if run.rungs is None:
-        return ""
-    distilled = run.rungs or run.network_evaluations
-    teacher = run.teacher if is_hub_id(run.teacher) else "a local model" if distilled else "none"
+def _fill(template: str, data: ModelCardData, existing: str | None, **records: Any) -> ModelCard:
+    """Fill a template with records, and put the section that it makes into an existing card."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return "\n".join(
-        [
-            "## Training\n",
-            f"- teacher: {teacher}",
-            f"- data: {'none but noise' if run.network_evaluations else _public_name(run.dataset)}",
-            f"- classifier: {run.classifier or 'none'}",
-            f"- batch {run.train_batch_size}, learning rate {run.learning_rate:g}",
-            f"- training time: {_duration(run.training_seconds)}",
-            f"- Python {platform.python_version()}, {versions}, diffusers_rcfd {version('diffusers_rcfd')}",
-        ]
+    card = ModelCard.from_template(
+        data,
+        str(Path(__file__).with_name(template)),
+        begin=BEGIN,
+        end=END,
+        text=markdown_text,
+        code=markdown_code,
+        public_name=public_name,
+        software=f"Python {platform.python_version()}, {versions}",
+        **records,
     )
+    return card if existing is None else _merge(card, data, existing)
 
 
-def _public_name(dataset: str | None) -> str:
-    """A data set's name, unless it is a place on somebody's disk."""
-    local = bool(dataset) and not is_hub_id(dataset) and ("/" in dataset or "\\" in dataset)
-    return "local files" if local else dataset or "not named"
-
-
-def _summary(run: RunDescription) -> str:
-    paper = f"[Sun et al., 2023](https://arxiv.org/abs/{CFD_ARXIV})"
-    if run.network_evaluations:
-        counts, s = ", ".join(map(str, run.network_evaluations)), "s" * (run.network_evaluations != [1])
-        sfd = f"SFD ([Zhou et al., 2024](https://arxiv.org/abs/{SFD_ARXIV}))"
-        features = f", its pairs of images compared by {run.objective.upper()} ({paper})" if run.guided else ""
-        return f"A pixel diffusion model distilled to **{counts} network evaluation{s}** by {sfd}{features}."
-    N = run.student_steps
-    if N is None:
-        predicted = {"sample": "x0", "epsilon": "the noise", "v_prediction": "the velocity v"}[run.prediction_type]
-        return f"A pixel diffusion model that predicts {predicted}, a base model for few-step distillation ({paper})."
-    objective = f" by {run.rungs[-1].objective.upper()}" if run.rungs else ""
-    return f"A pixel diffusion model distilled to **{N} step{'s' if N > 1 else ''}**{objective} ({paper})."
-
-
-def _usage(run: RunDescription) -> str:
-    steps = run.student_steps or 64
-    ours = "" if run.student_steps and len(run.network_evaluations) < 2 else f", num_inference_steps={steps}"
-    others = ", ".join(map(str, run.network_evaluations[:-1]))
-    choice = f"  # or {others}" if others else ""
-    labels = f", class_labels=[i % {run.num_classes} for i in range(16)]" if run.num_classes else ""
-    lines = [
-        "## Usage\n\n```python",
-        "from diffusers_rcfd import RCFDPipeline\n",
-        f'pipe = RCFDPipeline.from_pretrained("{run.repo_id}")',
-        f"images = pipe(batch_size=16{ours}{labels}).images{choice}\n```\n",
-        "With plain Diffusers:\n\n```python",
-        "from diffusers import DiffusionPipeline\n",
-    ]
-    if run.stock_calls:
-        lines.append(f'pipe = DiffusionPipeline.from_pretrained("{run.repo_id}")  # a ConsistencyModelPipeline')
-        lines += ["label = 0  # the class"] if run.num_classes else []
-        for N, call in run.stock_calls.items():
-            row = "".join(map(str, call["class_labels"] or ()))  # of class 0
-            row = f"{row} + label" if run.num_classes else row
-            rows = f", class_labels=[{row}] * 16" if row else ""
-            lines += [
-                f"\n# {N} network evaluation{'s' * (N > 1)}",
-                f"pipe.scheduler.init_noise_sigma = {call['init_noise_sigma']!r}",
-                f"images = pipe(16, num_inference_steps=None, timesteps={call['timesteps']}{rows}).images",
-            ]
-        lines.append("```\n")
-    elif run.network_evaluations or run.num_classes or run.data_std != 1:  # a stock DDIMPipeline knows none of these
-        lines += [
-            f'repo = "{run.repo_id}"',
-            "pipe = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",
-            f"images = pipe(batch_size=16{ours}{labels}).images\n```\n",
-        ]
-    else:
-        lines += [
-            f'pipe = DiffusionPipeline.from_pretrained("{run.repo_id}")',
-            f"images = pipe(batch_size=16, num_inference_steps={steps}, use_clipped_model_output=True).images\n```\n",
-        ]
-    return "\n".join(lines)
-
-
-def _ladder_table(run: RunDescription) -> str:
-    if not run.rungs:
-        return ""
-    header = ["revision", "teacher steps", "objective", "tau", "beta", "gamma", "iterations", "batch", "lr"]
-    lines = [header, ["---"] * len(header)]
-    for rung in run.rungs:
-        guided = rung.objective != "pd"
-        loss = [f"{rung.temperature:g}", f"{rung.regularization_weight:g}", f"{rung.entropy_ratio:g}"]
-        lines.append(
-            [
-                rung.name,
-                str(rung.student_steps * rung.teacher_steps),
-                rung.objective,
-                *(loss if guided else ["-"] * 3),
-                str(rung.max_train_steps),
-                str(run.train_batch_size),
-                f"{run.learning_rate:g}",
-            ]
-        )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"## Ladder\n\nEach student is the next one's teacher, and a revision of this repository.\n\n{table}\n"
-
-
-def _evaluation_section(run: RunDescription) -> str:
-    if not run.evaluations:
-        return ""
-    lines = ["## Evaluation\n"]
-    for steps, evaluation in sorted(run.evaluations.items(), reverse=True):
-        values = ", ".join(f"{metric['label']} {metric['value']:.3f}" for metric in evaluation["metrics"].values())
-        lines.append(f"- {steps} steps: {values}")
-    first = next(iter(run.evaluations.values()))
-    lines.append(
-        f"\nOn {first['num_images']} generated images (seed {first['seed']}) against "
-        f"{first['num_reference_images']} of "
-        f"{first['reference']}, in the features of `{first['extractor']}`. Only numbers of the same extractor, "
-        "reference and image count compare.\n"
-    )
-    return "\n".join(lines)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "not recorded"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min {seconds:02d} s"
-
-
-def create_model_card(run: RunDescription, existing: str | None = None) -> ModelCard:
-    """The card of a run, merged into an existing one.
-
-    Of the existing card everything outside the generated section is kept: text, and metadata whose value is a
-    person's to choose. Results, metrics, data set and base model are written anew, tags are united.
-
-    Args:
-        run (`RunDescription`): what to say.
-        existing (`str`, *optional*): content of the README.md that is there.
-    """
-    data, section = card_metadata(run), card_text(run)
-    if existing is None:
-        title = f"# {run.repo_id.split('/')[-1]}"
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{section}\n")
+def _merge(card: ModelCard, data: ModelCardData, existing: str) -> ModelCard:
+    """The existing card with the generated section and metadata of the new one."""
     old = ModelCard(existing, ignore_metadata_errors=True)
     merged = old.data.to_dict() | {k: v for k, v in data.to_dict().items() if k in GENERATED or k not in old.data}
+    if BEGIN in old.text:  # the results there are of other weights
+        merged = {key: value for key, value in merged.items() if key not in RESULTS or key in data.to_dict()}
     merged["tags"] = list(dict.fromkeys([*(old.data.get("tags") or []), *data.tags]))
+    section = card.content[card.content.index(BEGIN) : card.content.index(END) + len(END)]
     text = old.text.strip("\n")
     if BEGIN in text and END in text:
         text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
     else:
         text = f"{text}\n\n{section}"
     return ModelCard(f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}---\n\n{text}\n")
-
-
-GENERATED = ("model-index", "metrics", "base_model", "datasets", "library_name", "pipeline_tag")
-
-
-def write_model_card(folder: Path, run: RunDescription, existing: str | None = None) -> ModelCard:
-    """Write the card as `README.md`, and results on a Hub data set as `.eval_results/diffusers_rcfd.yaml`."""
-    card = create_model_card(run, existing)
-    card.save(folder / "README.md")
-    evaluation = run.evaluations.get(run.student_steps)
-    if evaluation and is_hub_id(run.dataset):
-        entries = [
-            EvalResultEntry(
-                dataset_id=run.dataset,
-                task_id=re.sub(r"\W+", "_", metric["label"]).strip("_").lower(),
-                value=metric["value"],
-                notes=f"{run.student_steps} steps, {evaluation['num_images']} images, {evaluation['extractor']}",
-            )
-            for metric in evaluation["metrics"].values()
-        ]
-        target = folder / ".eval_results" / "diffusers_rcfd.yaml"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
-    return card
-
-
-def write_pipeline_card(pipeline: "RCFDPipeline", folder: Path, repo_id: str, token: str | None = None) -> None:
-    """Write the card of a pipeline that is published by itself, with a grid of its samples, from what it knows.
-
-    Args:
-        pipeline (`RCFDPipeline`): the model.
-        folder (`Path`): where it was saved.
-        repo_id (`str`): repository that it goes to; what a person wrote into its card is kept.
-        token (`str`, *optional*): defaults to that of `hf auth login`.
-    """
-    import torch
-    from torchvision.utils import save_image
-
-    num_classes = pipeline.num_classes
-    steps = pipeline.scheduler.config.num_inference_steps or max(pipeline.scheduler.trained_steps, default=None)
-    images = pipeline(
-        batch_size=16,
-        num_inference_steps=steps or min(64, len(pipeline.scheduler) - 1),
-        generator=torch.Generator().manual_seed(0),
-        class_labels=None if num_classes is None else [i % num_classes for i in range(16)],
-        output_type="pt",
-    ).images
-    save_image(images.float(), folder / "samples.png", nrow=8, padding=1)
-    run = RunDescription(
-        repo_id,
-        rungs=None,
-        license=None,  # whoever publishes chooses it
-        num_classes=num_classes,
-        prediction_type=pipeline.scheduler.config.prediction_type,
-        data_std=pipeline.scheduler.config.data_std,
-        num_inference_steps=steps,
-        **steps_described(pipeline),
-    )
-    write_model_card(folder, run, read_card(repo_id, token))
-
-
-def read_evaluations(path: Path) -> dict[int, dict[str, Any]]:
-    """Evaluations by student steps as `CFDDistillationTrainer.evaluate` saved them; none where there is no file."""
-    if not path.is_file():
-        return {}
-    return {int(steps): evaluation for steps, evaluation in json.loads(path.read_text(encoding="utf-8")).items()}
-
-
-def classifier_card(repo_id: str, backbone: str, dataset: str | None, accuracy: float | None) -> ModelCard:
-    """The card of a classifier trained for distillation, with its held-out accuracy in 0..1."""
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="image-classification",
-        license="apache-2.0",
-        datasets=[dataset] if is_hub_id(dataset) else None,
-        tags=["diffusers_rcfd", "feature-classifier", f"arxiv:{CFD_ARXIV}"],
-    )
-    measured = "" if accuracy is None else f" Accuracy on held-out images: {accuracy:.4f}."
-    return ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# {repo_id.split("/")[-1]}
-
-{BEGIN}
-
-A `{backbone}` trained on {dataset or "images"}, whose features guide the distillation of diffusion models.{measured}
-
-```python
-from diffusers_rcfd import FeatureClassifier
-
-classifier = FeatureClassifier.from_pretrained("{repo_id}")
-output = classifier(images)  # (B, C, H, W) in [-1, 1]: output.logits, output.features
-```
-
-{END}
-"""
-    )

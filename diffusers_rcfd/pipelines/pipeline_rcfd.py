@@ -274,13 +274,17 @@ class RCFDPipeline(DiffusionPipeline):
             else:
                 stock = DDIMPipeline(unet=self.unet, scheduler=self.scheduler.to_ddim())
             stock.save_pretrained(str(partial), **kwargs)
+            files = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
         if not push_to_hub:
             return None
         repo_id = create_repo(repo_id or folder.resolve().name, exist_ok=True, private=private, token=token).repo_id
         if importlib.util.find_spec("diffusers_rcfd"):  # the copy of this file that a saved pipeline carries has none
             from diffusers_rcfd.hub.model_card import write_pipeline_card
+            from diffusers_rcfd.hub.publishing import CARD_FILES, publish_files, read_card
 
-            write_pipeline_card(self, folder, repo_id, token)
+            write_pipeline_card(self, folder, repo_id, read_card(repo_id, token))
+            title = commit_message or f"Upload {type(self).__name__}"
+            return publish_files(folder, [*files, *CARD_FILES[:2]], repo_id, None, token, title, create_pr)
         return self._upload_folder(
             str(folder), repo_id, token=token, commit_message=commit_message, create_pr=create_pr
         )

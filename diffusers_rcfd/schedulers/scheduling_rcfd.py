@@ -192,7 +192,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         which is logged. A base model (N is `None`) is given the grid of n - 1 steps.
         """
         n, N = self.config.num_train_timesteps, self.config.num_inference_steps or self.config.num_train_timesteps - 1
-        if (n - 1) % N:
+        if not self.has_stock_grid:
             logger.warning(
                 f"Stock DDIMScheduler has no {N}-step grid from {n - 1} to 0: plain Diffusers will sample up to one "
                 f"index beside RCFDScheduler."
@@ -213,6 +213,11 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             self._warn_of_data_std()
             scheduler.register_to_config(_data_std=self.config.data_std)
         return scheduler
+
+    @property
+    def has_stock_grid(self) -> bool:
+        """Whether stock DDIMScheduler stands at the same indices, which it does where N divides n - 1."""
+        return (self.config.num_train_timesteps - 1) % (self.config.num_inference_steps or 1) == 0
 
     def _warn_of_data_std(self) -> None:
         logger.warning(

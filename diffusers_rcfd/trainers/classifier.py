@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from diffusers_rcfd.data.image_tensors import flip, shift_crop, to_model_range
-from diffusers_rcfd.hub.model_card import classifier_card
+from diffusers_rcfd.hub.model_card import ClassifierRecord, write_classifier_card
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.config import ClassifierConfig
@@ -90,10 +90,10 @@ class ClassifierTrainer(Trainer):
         stage.model.save_pretrained(str(self.output_dir))
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
-        """Write the card of the classifier, unless there is one already."""
-        if existing is None:
-            name, backbone = self.repo_id or folder.name, self.classifier.config.backbone
-            classifier_card(name, backbone, data_name(self.train_dataset), self.accuracy).save(folder / "README.md")
+        """Write the card of the classifier, with its held-out accuracy."""
+        name, backbone = self.repo_id or folder.name, self.classifier.config.backbone
+        classifier = ClassifierRecord(name, backbone, data_name(self.train_dataset), self.accuracy)
+        write_classifier_card(folder, classifier, existing)
 
     @torch.no_grad()
     def evaluate(self, classifier: FeatureClassifier | None = None) -> float:

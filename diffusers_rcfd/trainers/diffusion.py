@@ -87,4 +87,4 @@ class DiffusionTrainer(GeneratorTrainer):
         """Write the card of the base model, with a grid of its samples."""
         steps, dataset = self.config.sample_inference_steps, data_name(self.train_dataset)
         pipeline = RCFDPipeline.from_pretrained(str(folder))
-        self._write_card(pipeline, folder, existing, steps, rungs=[], dataset=dataset)
+        self._write_card(pipeline, folder, existing, steps, dataset=dataset)

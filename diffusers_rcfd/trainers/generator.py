@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
 from diffusers_rcfd.evaluation.evaluator import EvaluationResult, Evaluator
-from diffusers_rcfd.hub.model_card import RunDescription, read_evaluations, write_model_card
+from diffusers_rcfd.hub.model_card import TrainingRecord, describe_generator, read_evaluations, write_model_card
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.trainers.batches import derived_seed
 from diffusers_rcfd.trainers.checkpoints import EVALUATION_FILE, write_json
@@ -104,23 +104,14 @@ class GeneratorTrainer(Trainer):
     def _write_card(
         self, pipeline: RCFDPipeline, folder: Path, existing: str | None, num_inference_steps=None, **known
     ) -> None:
-        """Write the card of a model in `folder`, with a grid of its samples; `known` goes to `RunDescription`."""
+        """Write the card of a model in `folder`, with a grid of its samples; `known` goes to `TrainingRecord`."""
         config = self.config
         images = sample_grid(pipeline.to(self.accelerator.device), config, num_inference_steps)
         save_image(images, folder / "samples.png", nrow=8, padding=1)
         batch_size = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-        run = RunDescription(
-            repo_id=self.repo_id or folder.name,
-            train_batch_size=batch_size,
-            learning_rate=config.learning_rate,
-            training_seconds=self.state.seconds,
-            evaluations=read_evaluations(self.output_dir / EVALUATION_FILE),
-            num_classes=pipeline.num_classes,
-            prediction_type=pipeline.scheduler.config.prediction_type,
-            data_std=pipeline.scheduler.config.data_std,
-            **known,
-        )
-        write_model_card(folder, run, existing)
+        model = describe_generator(pipeline, self.repo_id or folder.name)
+        training = TrainingRecord(batch_size, config.learning_rate, seconds=self.state.seconds, **known)
+        write_model_card(folder, model, training, read_evaluations(self.output_dir / EVALUATION_FILE), existing)
 
     def _best_folder(self, stage: Stage) -> Path:
         return self.output_dir / "best" / stage.name

@@ -149,6 +149,8 @@ class CFDDistillationTrainer(DistillationTrainer):
             RCFDPipeline.from_pretrained(str(folder)),
             folder,
             existing,
+            objective=self.rungs[index].objective,
+            is_guided=self.rungs[index].guided,
             rungs=self.rungs[: index + 1],
             teacher=self.teacher_name,
             dataset=data_name(self.train_dataset),

@@ -11,12 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from diffusers_rcfd.distillation.objectives import needs_classifier
+from diffusers_rcfd.distillation.objectives import Objective, compares_features, needs_classifier
 from diffusers_rcfd.distillation.pairs import Pair
 from diffusers_rcfd.distillation.terms import check_objective
 from diffusers_rcfd.distillation.trajectory import Route, trajectory_pairs
 from diffusers_rcfd.evaluation.evaluator import Evaluator
-from diffusers_rcfd.hub.model_card import steps_described
 from diffusers_rcfd.models.count_embeddings import for_counts, for_one_count
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
@@ -162,7 +161,7 @@ class SFDDistillationTrainer(DistillationTrainer):
             for route in self.routes
         }
 
-    def _objective(self):
+    def _objective(self) -> Objective:
         """The checked objective; a classifier or LPIPS that no term uses is dropped with a warning."""
         image_shape, lpips = self.teacher.image_shape, self.lpips
         if lpips is not None:
@@ -254,14 +253,12 @@ class SFDDistillationTrainer(DistillationTrainer):
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:
         """Write the card of the student, with a grid of its samples."""
-        student = RCFDPipeline.from_pretrained(str(folder))
         self._write_card(
-            student,
+            RCFDPipeline.from_pretrained(str(folder)),
             folder,
             existing,
-            rungs=[],
             teacher=self.teacher_name,
             classifier=self.describe_guide(),
-            objective=self.config.objective,
-            **steps_described(student),
+            objective=self.config.objective if self.config.terms is None else " ".join(self.config.terms),
+            is_guided=compares_features(self.objective.weights),
         )

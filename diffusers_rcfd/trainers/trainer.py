@@ -26,11 +26,12 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from diffusers_rcfd.hub.publishing import open_repository, publish_folder, read_card
+from diffusers_rcfd.hub.publishing import list_model_files, open_repository, publish_files, read_card
 from diffusers_rcfd.trainers.accelerators import build_accelerator, use_state_of
 from diffusers_rcfd.trainers.batches import derived_seed, endless_batches
 from diffusers_rcfd.trainers.checkpoints import (
     METRICS_FILE,
+    STATE_FILE,
     TrainerState,
     load_checkpoint,
     open_output_dir,
@@ -394,7 +395,8 @@ class Trainer:
         token, address = self.config.hub_token, None
         for folder, revision in self.published_folders():
             self.create_model_card(folder, read_card(self.repo_id, token, revision))
-            address = publish_folder(folder, self.repo_id, revision, token, commit_message)
+            files = list_model_files(folder)
+            address = publish_files(folder, files, self.repo_id, revision, token, commit_message)
         return address
 
     # --- checkpoints --------------------------------------------------------------------------------------------
@@ -431,7 +433,9 @@ class Trainer:
         self.state.windows = [{name: value.item() for name, value in sums.items()}] * self.accelerator.num_processes
         self.checkpoint = save_checkpoint(self.accelerator, self.state, stage.ema, self.config, self.made_by())
         if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
-            publish_folder(self.checkpoint, self.repo_id, "checkpoint", self.config.hub_token, self.checkpoint.name)
+            files = [STATE_FILE, *json.loads((self.checkpoint / STATE_FILE).read_text(encoding="utf-8"))["files"]]
+            token, title = self.config.hub_token, self.checkpoint.name
+            publish_files(self.checkpoint, files, self.repo_id, "checkpoint", token, title)
         self.accelerator.wait_for_everyone()
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
