@@ -3,10 +3,11 @@
 The help text of a field is its one documentation: it serves the command line, the YAML recipes and Python alike.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from diffusers_rcfd.evaluation.config import METRICS
-from diffusers_rcfd.validation import is_count, is_number, option, require, require_count, require_kinds
+from diffusers_rcfd.validation import document_options, is_count, is_number, normalize, option, require, require_count
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
@@ -24,6 +25,7 @@ LR_SCHEDULERS = (
 )
 
 
+@document_options
 @dataclass
 class TrainingConfig:
     """What every trainer shares."""
@@ -31,7 +33,7 @@ class TrainingConfig:
     output_dir: str = option("output", "Folder for the models, checkpoints, samples and metrics.")
     overwrite_output_dir: bool = option(False, "Start anew in an `output_dir` that is not empty.")
     resume_from_checkpoint: str | None = option(
-        None, "'latest' (the beginning, where there is none) or the path of a checkpoint."
+        None, "'latest' (the beginning, where there is none), the path of a checkpoint or its name in `output_dir`."
     )
     max_train_steps: int = option(10_000, "Optimizer steps.")
     train_batch_size: int = option(128, "Images in a batch of one process.")
@@ -74,7 +76,12 @@ class TrainingConfig:
     )
 
     def __post_init__(self):
-        require_kinds(self)
+        normalize(self)
+        require(not os.path.isfile(self.output_dir), "output_dir", self.output_dir, "a folder, not a file")
+        resume = self.resume_from_checkpoint
+        if resume not in (None, "latest") and not os.path.exists(resume):
+            inside = os.path.join(self.output_dir, resume)
+            self.resume_from_checkpoint = inside if os.path.isdir(inside) else resume
         positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images")
         for name in (*positive, "max_skipped_steps", "checkpoints_total_limit"):
             require(is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
@@ -104,6 +111,7 @@ class TrainingConfig:
             require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
 
 
+@document_options
 @dataclass
 class GeneratorConfig(TrainingConfig):
     """What the trainers of generators share."""
@@ -123,6 +131,7 @@ class GeneratorConfig(TrainingConfig):
         require(not best or self.eval_steps > 0, "load_best_model_at_end", best, "False where `eval_steps` is 0")
 
 
+@document_options
 @dataclass
 class DiffusionConfig(GeneratorConfig):
     """Base training, with the paper's appendix C.3 as defaults."""
@@ -146,6 +155,7 @@ class DiffusionConfig(GeneratorConfig):
         )
 
 
+@document_options
 @dataclass
 class ClassifierConfig(TrainingConfig):
     """Training of the classifier whose features are distilled."""
@@ -182,6 +192,7 @@ class ClassifierConfig(TrainingConfig):
         )
 
 
+@document_options
 @dataclass
 class FeatureLossConfig(GeneratorConfig):
     """How CFD compares two images through a classifier; shared by the trainers that do."""
