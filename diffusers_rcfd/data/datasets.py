@@ -123,18 +123,22 @@ class ImageItems(Dataset):
     Args:
         dataset: gives an image, a pair or a dictionary for each index, see `WANTED`.
         argument (`str`): the argument that messages name.
-        classes (`tuple[int, list[str]]`, *optional*): number and names of the classes; those that `dataset` knows by
-            default.
+        whole (`ImageItems`, *optional*): what this is a part of, with the same name and classes.
     """
 
     collate = staticmethod(ImageData.collate)
 
-    def __init__(self, dataset: Any, argument: str, classes: tuple[int | None, list[str] | None] | None = None):
+    def __init__(self, dataset: Any, argument: str, whole: "ImageItems | None" = None):
         self.dataset = dataset
         self.argument = argument
-        self.name = getattr(dataset, "name", None) or _library_name(dataset)
         self.num_images = len(dataset)
-        self._num_classes, self.class_names = _find_classes(dataset) if classes is None else classes
+        if whole is None:
+            self.name = getattr(dataset, "name", None) or _library_name(dataset)
+            self._num_classes, self.class_names = _find_classes(dataset)
+        else:
+            self.name = whole.name
+            self._num_classes, self.class_names = whole._num_classes, whole.class_names
+        self._whole = whole
         self._fingerprint = None
         image, label = self._read([0])[0]
         self._shape = image.shape
@@ -214,19 +218,21 @@ class ImageItems(Dataset):
     @property
     def num_classes(self) -> int | None:
         """Number of classes, None without labels; found by reading all labels, where the data set does not say it."""
-        if self._num_classes is None and self.has_labels:
+        if self._num_classes is None and self._whole is not None:
+            self._num_classes = self._whole.num_classes
+        elif self._num_classes is None and self.has_labels:
             self._num_classes = max(self._read([index])[0][1] for index in range(self.num_images)) + 1
         return self._num_classes
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the number, shape and classes, and with up to 256 of the images.
+        """16 hexadecimal digits that change with the number, shape and classes, and with 256 of the images.
 
         Contents that a second reading does not repeat, such as those of a random transform, are left out.
         """
         if self._fingerprint is None:
             digest = hashlib.blake2b(digest_size=8)
-            digest.update(repr((self.num_images, self.image_shape, self._num_classes, self.class_names)).encode())
+            digest.update(repr((self.num_images, self.image_shape, self.class_names)).encode())
             for index in _spread(self.num_images, NUM_HASHED):
                 image, label = self._read([index])[0]
                 if torch.equal(image, self._read([index])[0][0]):
@@ -238,9 +244,7 @@ class ImageItems(Dataset):
     def subset(self, indices: Sequence[int]) -> "ImageItems":
         """Return the images at `indices` (integers, each in -N..N-1) as data of their own, in that order."""
         rows = [range(self.num_images)[index] for index in torch.as_tensor(indices, dtype=torch.long).tolist()]
-        part = ImageItems(Subset(self.dataset, rows), self.argument, (self._num_classes, self.class_names))
-        part.name = self.name
-        return part
+        return ImageItems(Subset(self.dataset, rows), self.argument, self)
 
     def split(self, fraction: float, seed: int = 0) -> tuple["ImageItems", "ImageItems"]:
         """Divide at random into (rest, held_out), as `ImageData.split` does."""
