@@ -203,6 +203,14 @@ def test_other_files_are_told(tmp_path, warnings_logged):
         load_image_data(tmp_path)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_path_is_never_the_name_of_a_data_set(tmp_path, monkeypatch, streaming):
+    monkeypatch.chdir(tmp_path)
+    place(*(tmp_path / "digits" / path for path in ("cat/0.png", "dog/0.png")))
+    assert load_image_data(Path("digits"), streaming=streaming).class_names == ["cat", "dog"]
+    assert load_image_data("digits", streaming=streaming).num_classes == 10
+
+
 def test_number_of_images_and_classes_is_logged(image_folder, monkeypatch):
     messages = []
     monkeypatch.setattr(image_data.logger, "info", messages.append)

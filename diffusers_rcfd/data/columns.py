@@ -21,7 +21,7 @@ def find_columns(
 
 def _find_image_column(features: dict[str, Any], given: str | None, name: str) -> str:
     found = [column for column, feature in features.items() if _holds_images(feature)]
-    found = [column for column in found if _kind(features[column]) == "Image"] or found
+    found = [column for column in found if _name_kind(features[column]) == "Image"] or found
     if given:
         paths = getattr(features[given], "dtype", None) in ("string", "large_string")
         if not paths and not _holds_images(features[given]):
@@ -41,7 +41,7 @@ def _find_image_column(features: dict[str, Any], given: str | None, name: str) -
 def _find_label_column(features: dict[str, Any], given: str | None, name: str) -> str | None:
     if given is not None:
         return given or None
-    classes = [column for column, feature in features.items() if _kind(feature) == "ClassLabel"]
+    classes = [column for column, feature in features.items() if _name_kind(feature) == "ClassLabel"]
     named = [column for column in ("label", "labels") if column in features]
     if len(classes) > 1 and not named:
         raise ValueError(
@@ -51,7 +51,7 @@ def _find_label_column(features: dict[str, Any], given: str | None, name: str) -
     return (named or classes or [None])[0]
 
 
-def _kind(feature: Any) -> str:
+def _name_kind(feature: Any) -> str:
     return type(feature).__name__
 
 

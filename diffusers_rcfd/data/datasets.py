@@ -50,10 +50,10 @@ def as_image_dataset(dataset: Any, name: str = "train_dataset") -> Dataset:
         if hasattr(dataset, "split_by_node") and hasattr(dataset, "set_epoch"):
             return dataset
         raise TypeError(
-            f"`{name}` must be map-style or come from `load_image_data(streaming=True)`, got {_type(dataset)}."
+            f"`{name}` must be map-style or come from `load_image_data(streaming=True)`, got {_name_type(dataset)}."
         )
     if not _is_map_style(dataset):
-        raise TypeError(f"`{name}` must be {WANTED}, got {_type(dataset)}{_advice(dataset)}.")
+        raise TypeError(f"`{name}` must be {WANTED}, got {_name_type(dataset)}{_suggest_fix(dataset)}.")
     if len(dataset) == 0:
         raise ValueError(f"`{name}` must hold at least one image, got none.")
     if type(dataset) is Subset:
@@ -65,7 +65,7 @@ def as_image_dataset(dataset: Any, name: str = "train_dataset") -> Dataset:
     return ImageItems(dataset, name)
 
 
-def _type(value: Any) -> str:
+def _name_type(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
@@ -81,7 +81,7 @@ def _is_map_style(dataset: Any) -> bool:
     )
 
 
-def _advice(dataset: Any) -> str:
+def _suggest_fix(dataset: Any) -> str:
     if isinstance(dataset, str):
         return f" {dataset!r}: load it with `load_image_data({dataset!r})`"
     if isinstance(dataset, Mapping):
@@ -133,7 +133,7 @@ class ImageItems(Dataset):
         self.argument = argument
         self.num_images = len(dataset)
         if whole is None:
-            self.name = getattr(dataset, "name", None) or _library_name(dataset)
+            self.name = getattr(dataset, "name", None) or _find_name(dataset)
             self._num_classes, self.class_names = _find_classes(dataset)
         else:
             self.name = whole.name
@@ -252,7 +252,7 @@ class ImageItems(Dataset):
         return self.subset(rest), self.subset(held_out)
 
 
-def _library_name(dataset: Any) -> str:
+def _find_name(dataset: Any) -> str:
     """Return the name of a torchvision data set, such as "CIFAR10"; others have none."""
     return type(dataset).__name__ if type(dataset).__module__.startswith("torchvision.") else ""
 
@@ -268,7 +268,7 @@ def _divide(item: Any) -> tuple[Any, Any]:
         return item, None
     if isinstance(item, tuple | list):
         if len(item) == 0:
-            raise TypeError(f"must be an image or a pair (image, label), got an empty {_type(item)}.")
+            raise TypeError(f"must be an image or a pair (image, label), got an empty {_name_type(item)}.")
         return item[0], item[1] if len(item) > 1 else None
     if isinstance(item, Mapping):
         image = next((item[key] for key in IMAGE_KEYS if key in item), None)
@@ -287,7 +287,7 @@ def _read_pixels(image: Any) -> torch.Tensor:
     if not isinstance(image, torch.Tensor):
         if isinstance(image, Image | bytes) or (isinstance(image, Mapping) and "bytes" in image):
             return torch.tensor(decode_image(image, "must be an image", None, None))
-        raise TypeError(f"must be a PIL image, an array or a tensor, got {_type(image)}.")
+        raise TypeError(f"must be a PIL image, an array or a tensor, got {_name_type(image)}.")
     image = image[None] if image.ndim == 2 else image
     if image.ndim != 3:
         raise TypeError(f"must have the shape (C, H, W), got {tuple(image.shape)}.")

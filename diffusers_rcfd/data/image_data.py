@@ -43,6 +43,7 @@ from diffusers_rcfd.validation import require, require_count
 
 logger = logging.get_logger(__name__)
 
+IN_PACKAGE = ("digits", "fashion-mnist")  # names of data sets, also where a folder has the same
 MAX_MEMORY_BYTES = 4 * 2**30  # what is larger when decoded is decoded on demand
 
 
@@ -62,7 +63,7 @@ class _Column:
         return _Column(self.source.select(rows), self.column)
 
 
-def _progress(total: int, words: str) -> tqdm:
+def _open_progress_bar(total: int, words: str) -> tqdm:
     hidden = {"disable": True} if os.environ.get("LOCAL_RANK", "0") != "0" else {}  # else respect TQDM_DISABLE
     return tqdm(total=total, desc=words, unit=" images", delay=1, **hidden)
 
@@ -70,7 +71,10 @@ def _progress(total: int, words: str) -> tqdm:
 def _decode_all(values, name: str, resolution: int | None, channels: int | None) -> torch.Tensor:
     """Decode all images into one uint8 tensor (N, C, H, W), in threads: PIL releases the interpreter lock."""
     images = None
-    with _progress(len(values), f"Decoding {name}") as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with (
+        _open_progress_bar(len(values), f"Decoding {name}") as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
         for start in range(0, len(values), 256):
             rows = range(start, min(start + 256, len(values)))
             wheres = [f"{name}: row {row}" for row in rows]
@@ -92,7 +96,7 @@ def _scan_headers(values, name: str, resolution: int | None, channels: int | Non
     if resolution is not None and channels is not None:
         return channels, resolution, resolution
     shapes = []
-    with _progress(len(values), f"Reading headers of {name}") as bar:
+    with _open_progress_bar(len(values), f"Reading headers of {name}") as bar:
         for start in range(0, len(values), 256):
             for row, value in enumerate(values[start : start + 256], start):
                 shapes.append(read_header(value, f"{name}: row {row}"))
@@ -324,8 +328,8 @@ def load_image_data(
         ValueError: an argument, column, split, label or image is not as above; the message says which and what is
             allowed. Data decoded on demand or streamed is checked as far as its headers, or its first image.
     """
-    if isinstance(dataset, os.PathLike) and not Path(dataset).expanduser().exists():
-        raise FileNotFoundError(f"`dataset` must be a file or folder that exists where it is a path, got {dataset!r}.")
+    if isinstance(dataset, os.PathLike):
+        dataset = _check_path(dataset)
     options = DataConfig(
         dataset=dataset,
         dataset_config_name=dataset_config_name,
@@ -357,6 +361,14 @@ def load_image_data(
     return data
 
 
+def _check_path(path: os.PathLike) -> str:
+    """Return a path as text that is no name of a data set; raise an error if it does not exist."""
+    if not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"`dataset` must be a file or folder that exists where it is a path, got {path!r}.")
+    text = os.fspath(path)
+    return os.path.join(os.curdir, text) if text in IN_PACKAGE else text
+
+
 def _is_idx(options: DataConfig) -> bool:
     return options.dataset == "fashion-mnist" and options.data_dir is not None
 
@@ -386,7 +398,7 @@ def _read_packaged(
         rows = _draw(len(values), max_images, seed)
         values = [values[row] for row in rows]
         labels = None if labels is None else labels[rows]
-    size = _decoded_size(values, options, name)
+    size = _count_bytes(values, options, name)
     require(
         size <= max_memory_bytes,
         "resolution",
@@ -407,13 +419,13 @@ def read_table(
     """Read the images of a `datasets.Dataset`; arguments as of `load_image_data`."""
     source, image_column, label_column = _choose_columns(source, options, name)
     values = _Column(source, image_column)
-    names = _class_names(source, label_column)
+    names = _read_class_names(source, label_column)
     labels, described = _read_labels(source[label_column][:] if label_column else None, names, values, name)
     if max_images is not None and max_images < len(values):
         rows = _draw(len(values), max_images, seed)
         values = values.select(rows)
         labels = None if labels is None else labels[rows]
-    if _decoded_size(values, options, name) > max_memory_bytes:
+    if _count_bytes(values, options, name) > max_memory_bytes:
         shape = _scan_headers(values, name, options.resolution, options.channels)
         return ImageData(values, labels, shape=shape, resolution=options.resolution, **described)
     return ImageData(_decode_all(values, name, options.resolution, options.channels), labels, **described)
@@ -430,7 +442,7 @@ def _choose_columns(source, options: DataConfig, name: str):
     return source, image_column, label_column
 
 
-def _class_names(source, label_column: str | None) -> list[str] | None:
+def _read_class_names(source, label_column: str | None) -> list[str] | None:
     return getattr(source.features[label_column], "names", None) if label_column else None
 
 
@@ -456,7 +468,7 @@ def _draw(num_images: int, max_images: int, seed: int) -> list[int]:
     return order[:max_images].sort().values.tolist()
 
 
-def _decoded_size(values, options: DataConfig, name: str) -> int:
+def _count_bytes(values, options: DataConfig, name: str) -> int:
     """Return the bytes of all images when they are decoded, as far as the first one tells."""
     _, height, width = read_header(values[0:1][0], f"{name}: row 0")
     pixels = options.resolution**2 if options.resolution else height * width
@@ -468,8 +480,8 @@ def _stream(
 ) -> StreamingImageData:
     """Return the images of a `datasets.IterableDataset` as a shuffled stream."""
     source, image_column, label_column = _choose_columns(source, options, name)
-    names = _class_names(source, label_column)
-    shape = _first_shape(source, image_column, label_column, name, options)
+    names = _read_class_names(source, label_column)
+    shape = _read_first_shape(source, image_column, label_column, name, options)
     parameters = (name, options.dataset_config_name, str(options.data_dir), image_column, label_column,
                   options.resolution, options.channels, max_images, seed, buffer_size)  # fmt: skip
     source = source if max_images is None else source.take(max_images)
@@ -487,7 +499,7 @@ def _stream(
     )
 
 
-def _first_shape(source, image_column, label_column, name, options) -> tuple[int, int, int]:
+def _read_first_shape(source, image_column, label_column, name, options) -> tuple[int, int, int]:
     """Check what can be checked of a stream before it is used, and return the shape (C, H, W) of its first image."""
     feature = source.features[label_column] if label_column else None
     if label_column and not hasattr(feature, "names") and "int" not in str(getattr(feature, "dtype", "")):
@@ -506,7 +518,7 @@ def _open_source(options: DataConfig):
     import datasets
 
     path = Path(options.dataset)
-    local = options.dataset not in ("digits", "fashion-mnist") and path.exists()
+    local = options.dataset not in IN_PACKAGE and path.exists()
     if not local and (path.is_absolute() or options.dataset.startswith(".") or path.suffix in TABLES):
         raise FileNotFoundError(
             f"`dataset` must be a file or folder that exists where it is a path, got {options.dataset!r}: no such "
@@ -534,7 +546,7 @@ def _open_source(options: DataConfig):
 def _load_from_hub(options: DataConfig):
     name = {"digits": str(DIGITS_PATH), "fashion-mnist": "fashion_mnist"}.get(options.dataset, options.dataset)
     if name == str(DIGITS_PATH):
-        return _load_dataset("parquet", options, data_files=name)
+        return _load_dataset("parquet", options, data_files=glob.escape(name))
     return _load_dataset(name, options, name=options.dataset_config_name, data_dir=options.data_dir)
 
 

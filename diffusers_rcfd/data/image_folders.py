@@ -45,7 +45,7 @@ class FolderContent(NamedTuple):
 
 def read_folder(root: Path) -> FolderContent:
     """List the files of a folder and its subfolders by what they are; hidden ones are left out."""
-    endings = _image_endings()
+    endings = _list_endings()
     content = FolderContent([], [], [], [])
     for path in _walk(str(root), "", frozenset()):
         ending = os.path.splitext(path)[1].lower()
@@ -60,7 +60,7 @@ def read_folder(root: Path) -> FolderContent:
     return content
 
 
-def _image_endings() -> set[str]:
+def _list_endings() -> set[str]:
     """Return the endings of the files that Pillow opens, lower case."""
     stubs = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow knows by name alone
     opened = Image.registered_extensions().items()
@@ -129,7 +129,7 @@ def open_image_folder(root: Path, content: FolderContent, split: str, mixed: boo
         number_of = {name: number for number, name in enumerate(names)}
         columns["label"] = [number_of[file.label] for file in files]
     source = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return datasets.Dataset(source.data, info=source.info, fingerprint=_fingerprint(root, files))
+    return datasets.Dataset(source.data, info=source.info, fingerprint=_hash_files(root, files))
 
 
 def _divide(root: Path, images: list[ImageFile]) -> dict[str, list[ImageFile]]:
@@ -171,7 +171,7 @@ def count_endings(content: FolderContent) -> str:
     return ", ".join(f"{ending} ({number})" for ending, number in endings.most_common(5))
 
 
-def _fingerprint(root: Path, files: list[ImageFile]) -> str:
+def _hash_files(root: Path, files: list[ImageFile]) -> str:
     """Return a hash of the names and sizes of the images, which does not depend on where the folder lies."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
