@@ -23,6 +23,7 @@ from diffusers_rcfd.trainers.config import (
 )
 from diffusers_rcfd.trainers.ladder_config import LOSS_PRESETS, OBJECTIVES, CFDDistillationConfig
 from diffusers_rcfd.trainers.sfd_config import SFD_OBJECTIVES, SFDDistillationConfig
+from diffusers_rcfd.validation import to_number
 
 WORDS = st.text(max_size=8)
 THINGS = st.dictionaries(WORDS, st.integers(), max_size=1) | st.binary(max_size=4)
@@ -36,7 +37,8 @@ def not_a_number(allowed):
     """Numbers for which `allowed` is false, and what is no finite number."""
     numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers()
     endless = st.sampled_from([math.nan, math.inf, -math.inf])
-    return numbers.filter(lambda value: not allowed(value)) | endless | st.booleans() | WORDS | THINGS
+    no_numbers = WORDS.filter(lambda word: to_number(word) is None)
+    return numbers.filter(lambda value: not allowed(value)) | endless | st.booleans() | no_numbers | THINGS
 
 
 def none_of(allowed, *also):
@@ -96,8 +98,9 @@ OF_SFD = {  # whose options are of one model, not of a rung each
 OTHERS = {
     "channels": not_an_integer_from(1) | st.integers(4),
     "resolution": not_an_integer_from(1),
-    "metrics": never_none(lists_with(none_of(METRICS)) | st.just([]) | NOT_TEXT | WORDS),
+    "metrics": never_none(lists_with(none_of(METRICS)) | st.just([]) | NOT_TEXT | none_of(METRICS)),
     "preset": none_of(LOSS_PRESETS, "none", ""),
+    "feature_stages": lists_with(st.floats() | st.booleans() | WORDS | THINGS) | st.just([]) | st.floats(),
     "student_steps": never_none(
         lists_with(not_an_integer_from(1)) | st.just([])
         | st.lists(st.integers(1, 64), min_size=2, max_size=4).filter(lambda steps: not _falls(steps))

@@ -1,9 +1,28 @@
+import dataclasses
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_rcfd import CFDDistillationConfig, ClassifierConfig, DataConfig, DiffusionConfig
-from tests.invalid_options import all_fields, fault_of_error, invalid_value
+from diffusers_rcfd import (
+    CFDDistillationConfig,
+    ClassifierConfig,
+    DataConfig,
+    DiffusionConfig,
+    SFDDistillationConfig,
+)
+from diffusers_rcfd.evaluation.config import EvaluationConfig
+from tests.invalid_options import CLASSES, all_fields, fault_of_error, invalid_value
+
+CONFIGS = [cls for cls in CLASSES if dataclasses.is_dataclass(cls)]
+PATHS = ("output_dir", "resume_from_checkpoint", "dataset", "data_dir", "cache_dir", "feature_extractor",
+         "inception_weights", "statistics_dir")  # fmt: skip
+TEXT_FIELDS = [(cls, field) for cls, field in all_fields() if cls in CONFIGS and field in PATHS]
 
 
 @pytest.mark.parametrize(
@@ -13,17 +32,19 @@ from tests.invalid_options import all_fields, fault_of_error, invalid_value
         ({"temperature": [1.1]}, r"`temperature` must be in \(0, 1\], got 1.1"),
         ({"temperature": 2.0}, r"`temperature` must be in \(0, 1\], got 2.0"),
         ({"temperature": [0.0], "dual_temperature": True}, "`temperature` must be above 0, got 0.0"),
-        ({"temperature": ["5e-1"]}, r"`temperature` must be in \(0, 1\], got '5e-1'"),
+        ({"temperature": ["half"]}, "`temperature` must be a finite number, got 'half'"),
+        ({"temperature": [True]}, "`temperature` must be a finite number, got True"),
         ({"entropy_ratio": [-0.1]}, r"`entropy_ratio` must be in \[0, 1\], got -0.1"),
         ({"entropy_ratio": [1.5]}, r"`entropy_ratio` must be in \[0, 1\], got 1.5"),
         ({"regularization_weight": [-1.0]}, "`regularization_weight` must be a number of at least 0, got -1.0"),
-        ({"regularization_weight": [float("nan")]}, "`regularization_weight` must be a number of at least 0, got nan"),
+        ({"regularization_weight": [float("nan")]}, "`regularization_weight` must be a finite number, got nan"),
         ({"preset": "vgg"}, r"`preset` must be one of \('resnet18', 'densenet201'\) or none, got 'vgg'"),
         ({"objective": ["kd"]}, r"`objective` must be one of \('pd', 'cfd', 'rcfd'\), got 'kd'"),
         ({"objective": ["pd", "cfd"]}, "`objective` must be one value, or one for each of the 3 rungs"),
         ({"temperature": [0.9, 0.8]}, "`temperature` must be one value, or one for each of the 3 rungs"),
         ({"student_steps": []}, "`student_steps` must be positive integers, one or more"),
-        ({"student_steps": [4.0]}, "`student_steps` must be positive integers"),
+        ({"student_steps": [4.0]}, "`student_steps` must be an integer, got 4.0"),
+        ({"student_steps": None}, "`student_steps` must be an integer, got None"),
         ({"teacher_steps": [0]}, "`teacher_steps` must be positive integers, got 0"),
         ({"max_train_steps": [10, 0, 10]}, "`max_train_steps` must be a positive integer, got 0"),
         (
@@ -31,14 +52,14 @@ from tests.invalid_options import all_fields, fault_of_error, invalid_value
             r"`distribution` must be one of \('features', 'predictions', 'spatial'\), got 'pixels'",
         ),
         ({"spatial_loss": "l2"}, "`spatial_loss` must be 'l1' or 'kl', got 'l2'"),
-        ({"feature_stages": [0.5]}, r"`feature_stages` must be integers, one or more, got \[0.5\]"),
+        ({"feature_stages": [0.5]}, "`feature_stages` must be an integer, got 0.5"),
         ({"distribution": "spatial", "dual_temperature": True}, "`dual_temperature` must be False with 'spatial'"),
         ({"loss_weighting": "snr"}, "`loss_weighting` must be one of"),
         ({"cfd_weight": -1}, "`cfd_weight` must be at least 0, got -1"),
         ({"learning_rate": 0}, "`learning_rate` must be above 0, got 0"),
-        ({"learning_rate": float("nan")}, "`learning_rate` must be above 0, got nan"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number, got nan"),
         ({"train_batch_size": 0}, "`train_batch_size` must be a positive integer, got 0"),
-        ({"train_batch_size": True}, "`train_batch_size` must be a positive integer, got True"),
+        ({"train_batch_size": True}, "`train_batch_size` must be an integer, got True"),
         ({"gradient_accumulation_steps": -1}, "`gradient_accumulation_steps` must be a positive integer, got -1"),
         ({"checkpointing_steps": -1}, "`checkpointing_steps` must be an integer of at least 0, got -1"),
         ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` must be a positive integer, got 0"),
@@ -64,13 +85,85 @@ def test_bad_distillation_options(options, message):
         (ClassifierConfig, {"eval_fraction": 0}, r"`eval_fraction` must be in \(0, 1\), got 0"),
         (ClassifierConfig, {"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\), got 1.0"),
         (ClassifierConfig, {"random_crop_padding": -1}, "`random_crop_padding` must be an integer of at least 0"),
-        (DataConfig, {"channels": 4}, "`channels` must be 1 or 3, got 4"),
-        (DataConfig, {"resolution": 0}, "`resolution` must be a positive integer, got 0"),
+        (DataConfig, {"channels": 4}, r"`channels` must be 1 \(grey\) or 3 \(RGB\), got 4"),
+        (DataConfig, {"resolution": 0}, "`resolution` must be a positive integer of at most 8192, got 0"),
+        (DataConfig, {"resolution": 100_000}, "`resolution` must be a positive integer of at most 8192, got 100000"),
+        (DataConfig, {"dataset": ""}, "`dataset` must be a name that is not empty, got ''"),
     ],
 )
 def test_bad_options_of_the_others(config, options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_output_dir_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("no folder")
+    with pytest.raises(ValueError, match="`output_dir` must be a folder, not a file, got .*run"):
+        DiffusionConfig(tmp_path / "run")
+
+
+def test_checkpoint_is_also_looked_for_in_the_output_dir(tmp_path, monkeypatch):
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def resumed_from(name):
+        return DiffusionConfig("run", resume_from_checkpoint=name).resume_from_checkpoint
+
+    assert resumed_from("checkpoint-3") == os.path.join("run", "checkpoint-3")
+    assert resumed_from("run/checkpoint-3") == "run/checkpoint-3"
+    assert resumed_from("latest") == "latest"
+    assert resumed_from("checkpoint-4") == "checkpoint-4"  # which is refused where the run begins
+    assert resumed_from(None) is None
+
+
+def test_values_become_those_of_a_recipe(tmp_path):
+    """Paths, numpy's numbers and text from YAML give the config that plain values give, and its JSON."""
+    given = CFDDistillationConfig(
+        tmp_path / "run",
+        student_steps=np.array([4, 2]),
+        teacher_steps=(2, np.int64(2)),
+        objective="cfd",
+        temperature=["9e-1", np.float64(0.85)],
+        regularization_weight="3e-3",
+        max_train_steps=np.int32(5),
+        learning_rate="1e-4",
+        ema_decay=np.float32(0.5),
+        train_batch_size=np.uint8(4),
+    )
+    plain = CFDDistillationConfig(
+        str(tmp_path / "run"),
+        student_steps=[4, 2],
+        teacher_steps=[2, 2],
+        objective=["cfd"],
+        temperature=[0.9, 0.85],
+        regularization_weight=[0.003],
+        max_train_steps=[5],
+        learning_rate=1e-4,
+        ema_decay=0.5,
+        train_batch_size=4,
+    )
+    assert json.dumps(asdict(given)) == json.dumps(asdict(plain))
+    sfd = SFDDistillationConfig(nodes=("80", 3, np.float64(0.5)), student_steps=np.int64(2), teacher_steps=(4,))
+    assert sfd.nodes == [80.0, 3.0, 0.5] and sfd.student_steps == [1] and sfd.teacher_steps == [4]
+    assert EvaluationConfig(metrics="kid").metrics == ["kid"]
+
+
+@pytest.mark.parametrize("cls, field", TEXT_FIELDS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_path_may_be_path_like_and_begin_with_the_home(cls, field, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in (tmp_path / "here", "~/here", Path("~/here")):
+        assert getattr(cls(**{field: value}), field) == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_docstring_describes_each_option_with_its_help(cls):
+    documented = " ".join(cls.__doc__.split())
+    for field in dataclasses.fields(cls):
+        assert f"{field.name} (`" in documented
+        assert " ".join(field.metadata["help"].split()) in documented
+    first = next(iter(cls.__annotations__))
+    assert cls.__doc__.split("Args:\n")[1].startswith(f"    {first} (`")
+    assert max(map(len, cls.__doc__.splitlines())) < 120
 
 
 @pytest.mark.parametrize("cls, field", all_fields(), ids=lambda value: getattr(value, "__name__", value))

@@ -2,8 +2,11 @@
 
 import gzip
 import pickle
+import shutil
+import tracemalloc
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_rcfd.data import image_files
+from diffusers_rcfd.data import columns, image_data, image_files, image_folders
 from diffusers_rcfd.data.image_data import ImageData, StreamingImageData, load_image_data
 from diffusers_rcfd.data.image_tensors import flip, shift_crop, to_model_range, to_uint8
 
@@ -94,6 +97,208 @@ def test_image_folder(image_folder):
     check_pets(load_image_data(str(image_folder)))
     check_pets(load_image_data("imagefolder", data_dir=str(image_folder)))
     assert load_image_data(str(image_folder), split="test").images[:, 0, 0, 0].tolist() == [10, 110]
+
+
+# --------------------------------------------------------------------------------- layouts of folders
+
+
+@pytest.fixture
+def warnings_logged(monkeypatch):
+    """The messages of warnings, whatever the verbosity of the test run."""
+    messages = []
+    for module in (columns, image_data, image_folders):
+        monkeypatch.setattr(module.logger, "warning", messages.append)
+    return messages
+
+
+def place(*paths):
+    """Write an image at each path, of a grey level that is its number."""
+    for level, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey(level).save(path, "PNG")
+
+
+def levels_and_labels(data):
+    labels = None if data.labels is None else data.labels.tolist()
+    return data.images[:, 0, 0, 0].tolist(), labels, data.class_names
+
+
+def test_linked_folders_and_files_are_found(tmp_path, warnings_logged):
+    root, pool = tmp_path / "root", tmp_path / "pool"
+    place(root / "cat" / "0.png", root / "cat" / "1.png", pool / "dog" / "0.png", pool / "1.png")
+    (root / "dog").symlink_to(pool / "dog")
+    (root / "dog" / "linked.png").symlink_to(pool / "1.png")
+    assert levels_and_labels(load_image_data(root)) == ([0, 1, 2, 3], [0, 0, 1, 1], ["cat", "dog"])
+    assert not warnings_logged
+    (root / "cat" / "circle").symlink_to(root)
+    (root / "cat" / "gone.png").symlink_to(pool / "gone.png")
+    assert len(load_image_data(root)) == 4
+    assert [message.split(" links ")[0] for message in warnings_logged] == [
+        str(root / "cat" / "circle"), str(root / "cat" / "gone.png")
+    ]  # fmt: skip
+
+
+def test_class_is_the_first_level_of_folders(tmp_path, warnings_logged):
+    place(
+        *(tmp_path / path for path in ("cat/indoor/0.png", "cat/0.png", "dog/indoor/young/0.png", "dog/outdoor/0.png"))
+    )
+    assert levels_and_labels(load_image_data(tmp_path)) == ([1, 0, 2, 3], [0, 0, 1, 1], ["cat", "dog"])
+    assert not warnings_logged
+
+
+def test_images_beside_the_classes_are_found_and_told(tmp_path, warnings_logged):
+    place(*(tmp_path / path for path in ("cat/0.png", "dog/0.png", "top.png")))
+    assert levels_and_labels(load_image_data(tmp_path)) == ([0, 1, 2], None, None)
+    (message,) = warnings_logged
+    assert "1 of 3 images lie in none of the folders cat, dog, such as top.png, and no labels are loaded" in message
+    with pytest.raises(ValueError, match=r"`label_column` must be a column of .* \(image\), got 'label'"):
+        load_image_data(tmp_path, label_column="label")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_special_characters_and_upper_case(tmp_path, streaming):
+    root = tmp_path / "odd [folder] *? 100% # ü {a}"
+    names = ["a[1].png", "b*?.PNG", "c #%20.JPG", "ü é.jpeg", "x y.Png"]
+    place(*(root / folder / name for folder in ("c [0]", "c{1}") for name in names))
+    data = load_image_data(root, streaming=streaming)
+    assert data.class_names == ["c [0]", "c{1}"]
+    levels = levels_of(data) if streaming else data.images[:, 0, 0, 0].tolist()
+    assert sorted(levels) == list(range(10))
+    if not streaming:
+        assert torch.equal(load_image_data(root, max_memory_bytes=1).__getitems__(range(10))["images"], data.images)
+
+
+def test_splits(tmp_path, warnings_logged):
+    paths = ("train/cat/0.png", "train/dog/0.png", "train/owl/0.png", "Val/dog/0.png", "test/owl/0.png")
+    place(*(tmp_path / path for path in paths))
+    classes = ["cat", "dog", "owl"]
+    for split, levels, labels in (
+        ("train", [0, 1, 2], [0, 1, 2]),
+        ("validation", [3], [1]),
+        ("test", [4], [2]),
+        ("train+test", [0, 1, 2, 4], [0, 1, 2, 2]),
+        ("train[1:]", [1, 2], [1, 2]),
+    ):
+        assert levels_and_labels(load_image_data(tmp_path, split=split)) == (levels, labels, classes)
+    assert not warnings_logged
+    place(tmp_path / "stray.png")
+    assert len(load_image_data(tmp_path)) == 3
+    (message,) = warnings_logged
+    assert "1 of 6 images lie outside of them and are left out, such as stray.png" in message
+
+
+def test_split_below_the_classes(tmp_path):
+    place(*(tmp_path / path for path in ("cat/test/0.png", "cat/train/0.png", "dog/train/0.png")))
+    assert levels_and_labels(load_image_data(tmp_path)) == ([1, 2], [0, 1], ["cat", "dog"])
+
+
+def test_other_files_are_told(tmp_path, warnings_logged):
+    place(tmp_path / "0.png", tmp_path / ".hidden.png", tmp_path / "__MACOSX" / "1.png")
+    for name in ("a.npy", "b.npy", "LICENSE"):
+        (tmp_path / name).write_text("no image")
+    assert len(load_image_data(tmp_path)) == 1
+    assert warnings_logged == [f"{tmp_path}: files that are no images are left out: .npy (2), without ending (1)."]
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"`dataset` must .*: there are no images .*, but \.npy \(2\)"):
+        load_image_data(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_path_is_never_the_name_of_a_data_set(tmp_path, monkeypatch, streaming):
+    monkeypatch.chdir(tmp_path)
+    place(*(tmp_path / "digits" / path for path in ("cat/0.png", "dog/0.png")))
+    assert load_image_data(Path("digits"), streaming=streaming).class_names == ["cat", "dog"]
+    assert load_image_data("digits", streaming=streaming).num_classes == 10
+
+
+def test_number_of_images_and_classes_is_logged(image_folder, monkeypatch):
+    messages = []
+    monkeypatch.setattr(image_data.logger, "info", messages.append)
+    load_image_data(image_folder)
+    assert messages == [f"{image_folder} [train]: 5 images of shape (1, 4, 6), 2 classes."]
+
+
+def test_fingerprint_of_a_folder_follows_its_files_but_not_its_place(tmp_path):
+    place(tmp_path / "one" / "0.png", tmp_path / "one" / "1.png")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    prints = [load_image_data(tmp_path / name, max_memory_bytes=1).fingerprint for name in ("one", "two")]
+    (tmp_path / "two" / "1.png").unlink()
+    place(tmp_path / "two" / "2.png")
+    assert prints[0] == prints[1] != load_image_data(tmp_path / "two", max_memory_bytes=1).fingerprint
+
+
+def test_metadata(tmp_path, warnings_logged):
+    root = tmp_path / "root"
+    place(*(root / f"{number}.png" for number in range(4)))
+    (root / "metadata.csv").write_text("file_name,label\n2.png,1\n0.png,0\n1.png,0\n")
+    assert levels_and_labels(load_image_data(root)) == ([2, 0, 1], [1, 0, 0], None)
+    assert warnings_logged == [f"{root} has 4 images, of which its metadata names 3; these are loaded."]
+
+
+def test_tables_that_are_not_read_are_told(table, tmp_path, warnings_logged):
+    for folder in ("root", "pool"):
+        (tmp_path / folder).mkdir()
+        table.to_parquet(str(tmp_path / folder / "train.parquet"))
+    (tmp_path / "root" / "more").symlink_to(tmp_path / "pool")
+    place(tmp_path / "root" / "figure.png")
+    check_pets(load_image_data(tmp_path / "root"))
+    assert [message.split(": ")[1] for message in warnings_logged] == [
+        "1 tables in linked folders are left out, such as more/train.parquet.", "its 1 image files are left out."
+    ]  # fmt: skip
+    (tmp_path / "pool").rename(tmp_path / "odd [0]")
+    check_pets(load_image_data(tmp_path / "odd [0]" / "train.parquet"))
+    with pytest.raises(ValueError, match=r"`dataset`.*\[0\].*reads \*, \? and \[ .* as patterns; rename the folder"):
+        load_image_data(tmp_path / "odd [0]")
+
+
+# --------------------------------------------------------------------------------- rows and their labels
+
+
+@pytest.mark.parametrize("labels", [["0", "1", "", "2"], ["cat", "dog", "", "cat"]])
+def test_missing_label_is_named_by_its_row(tmp_path, labels):
+    root = tmp_path / "root"
+    place(*(root / f"{number}.png" for number in range(4)))
+    rows = "".join(f"{number}.png,{label}\n" for number, label in enumerate(labels))
+    (root / "metadata.csv").write_text("file_name,label\n" + rows)
+    with pytest.raises(ValueError, match=r"must hold a label for each image, .* got none in .*: row 2 \(.*2\.png\)"):
+        load_image_data(root)
+    assert load_image_data(root, label_column="").labels is None
+
+
+def test_rows_that_are_bad_are_named(tmp_path):
+    place(tmp_path / "0.png")
+    features = {"image": datasets.Value("string")}
+    for image, words in ((str(tmp_path / "gone.png"), "No such file"), (None, "it is missing")):
+        path = save_columns(tmp_path, features, {"image": [str(tmp_path / "0.png"), image]})
+        with pytest.raises(ValueError, match=f"row 1.*cannot decode the image: .*{words}"):
+            load_image_data(path, image_column="image")
+    features = {"image": datasets.Image(), "label": datasets.Value("float64")}
+    path = save_columns(tmp_path, features, {"image": [grey(1)] * 3, "label": [0.0, 1.0, 1.5]})
+    with pytest.raises(ValueError, match="must hold integers from 0, .* got 1.5 in .*row 2"):
+        load_image_data(path)
+    path = save_columns(tmp_path, features, {"image": [grey(1)] * 3, "label": [0.0, 1.0, 1.0]})
+    assert load_image_data(path).labels.tolist() == [0, 1, 1]
+
+
+def test_labels_from_1_are_told(tmp_path, warnings_logged):
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    path = save_columns(tmp_path, features, {"image": [grey(1)] * 3, "label": [1, 2, 3]})
+    assert load_image_data(path).num_classes == 4
+    (message,) = warnings_logged
+    assert "numbers in 1..3, which makes 4 classes, of which 1 have no images. Labels count from 0" in message
+    path = save_columns(tmp_path, features, {"image": [grey(1)] * 3, "label": [0, 2, 1]})
+    assert load_image_data(path).num_classes == 3 and len(warnings_logged) == 1
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow", "pandas"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_format_of_a_saved_table_does_not_matter(table, tmp_path, kind, streaming):
+    table.with_format(kind).save_to_disk(str(tmp_path / "saved"))
+    data = load_image_data(tmp_path / "saved", streaming=streaming)
+    if streaming:
+        assert sorted(levels_of(data)) == [10, 20, 30, 110, 120]
+    else:
+        check_pets(data)
 
 
 def test_image_folder_without_classes(tmp_path):
@@ -219,7 +424,7 @@ def test_split_is_deterministic_and_disjoint():
     assert not numbered.split(0.25, seed=8)[1].labels.equal(held_out.labels)
     assert len(numbered.split(0.999)[0]) == 1 and len(numbered.split(1e-9)[1]) == 1
     for fraction in (0, 1, -0.5):
-        with pytest.raises(ValueError, match="fraction="):
+        with pytest.raises(ValueError, match="`fraction` must be"):
             numbered.split(fraction)
 
 
@@ -405,10 +610,12 @@ def test_uint8_round_trip_closed_form():
     assert torch.equal(to_uint8(values), levels)
     assert torch.equal(to_uint8(values.double()), levels)
     assert to_uint8(torch.tensor([-7.0, 7.0, 0.002, 0.005])).tolist() == [0, 255, 128, 128]
-    halves = torch.zeros(2, dtype=torch.float16)
-    assert to_model_range(halves) is halves
+    floats = torch.zeros(2)
+    assert to_model_range(floats) is floats
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert to_model_range(floats.to(dtype)).dtype == torch.float32
     for function, bad in ((to_model_range, levels.int()), (to_uint8, levels)):
-        with pytest.raises(TypeError, match="allowed"):
+        with pytest.raises(TypeError, match="`images` must be"):
             function(bad)
 
 
@@ -417,7 +624,7 @@ def test_flip_closed_form():
     flipped = flip(images, torch.tensor([False, True]))
     assert torch.equal(flipped[0], images[0]) and flipped[1, 0].tolist() == [[8, 7, 6], [11, 10, 9]]
     for mask in (torch.tensor([0, 1]), torch.tensor([True])):
-        with pytest.raises(ValueError, match="mask"):
+        with pytest.raises(ValueError, match="`mask` must be"):
             flip(images, mask)
 
 
@@ -437,9 +644,9 @@ def test_shift_crop_closed_form(dtype, black, reflect):
 def test_shift_crop_errors():
     images = torch.zeros(2, 1, 4, 4)
     for offsets, padding in (([[0, 0], [0, 5]], 2), ([[0, -1], [0, 0]], 2), ([[0, 0]], 2), ([[0.0, 0.0]] * 2, 2)):
-        with pytest.raises(ValueError, match="offsets"):
+        with pytest.raises(ValueError, match="`offsets` must be"):
             shift_crop(images, torch.tensor(offsets), padding)
-    with pytest.raises(ValueError, match="padding=4"):
+    with pytest.raises(ValueError, match="`padding` must be .* got 4"):
         shift_crop(images, torch.zeros(2, 2, dtype=torch.long), 4, reflect=True)
 
 
@@ -449,14 +656,20 @@ def test_shift_crop_errors():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"channels": 2}, "channels=2; allowed: 1"),
-        ({"resolution": 0}, "resolution=0; allowed: integers from 1"),
-        ({"max_images": -1}, "max_images=-1"),
-        ({"dataset": ""}, "dataset=''"),
-        ({"split": "test"}, "split='test' of digits; allowed: train"),
-        ({"data_dir": "x"}, "data_dir='x' with dataset='digits'"),
-        ({"image_column": "pixels"}, "image_column='pixels' is not in digits .*; its columns: image, label"),
-        ({"label_column": "kind"}, "label_column='kind' is not in digits"),
+        ({"channels": 2}, r"`channels` must be 1 \(grey\) or 3 \(RGB\), got 2"),
+        ({"resolution": 0}, "`resolution` must be a positive integer of at most 8192, got 0"),
+        ({"resolution": 100_000}, "`resolution` must be a positive integer of at most 8192, got 100000"),
+        (
+            {"resolution": 8192},
+            "`resolution` must be such that the 1797 images of digits .* max_memory_bytes=4294967296",
+        ),
+        ({"max_images": -1}, "`max_images` must be an integer of at least 1, got -1"),
+        ({"max_images": 1.5}, "`max_images` must be an integer of at least 1, got 1.5"),
+        ({"dataset": ""}, "`dataset` must be a name that is not empty, got ''"),
+        ({"split": "test"}, r"`split` must be one of \('train',\) for digits, got 'test'"),
+        ({"data_dir": "x"}, "`data_dir` must be None with the embedded digits, got 'x'"),
+        ({"image_column": "pixels"}, r"`image_column` must be a column of digits .*\(image, label\), got 'pixels'"),
+        ({"label_column": "kind"}, "`label_column` must be a column of digits .*, got 'kind'"),
     ],
 )
 def test_bad_arguments(arguments, words):
@@ -470,23 +683,25 @@ def test_missing_and_empty_folders(tmp_path, streaming):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.txt").write_text("no image")
     for name in ("empty", "nowhere", "nowhere.parquet"):
-        with pytest.raises(FileNotFoundError, match=f"dataset=.*{name}"):
+        with pytest.raises(FileNotFoundError, match=f"`dataset` must be .*{name}"):
             load_image_data(str(tmp_path / name), streaming=streaming)
-    with pytest.raises((FileNotFoundError, ValueError), match="text"):
+    with pytest.raises(FileNotFoundError, match="`dataset` must be .* exists where it is a path, got .*nowhere"):
+        load_image_data(Path("nowhere"), streaming=streaming)
+    with pytest.raises(FileNotFoundError, match=r"text.*: there are no images .* but \.txt \(1\)"):
         load_image_data(str(tmp_path / "text"), streaming=streaming)
-    with pytest.raises(FileNotFoundError, match="data_dir=.*nowhere"):
+    with pytest.raises(FileNotFoundError, match="`data_dir` must be a folder that exists, got .*nowhere"):
         load_image_data("imagefolder", data_dir=str(tmp_path / "nowhere"), streaming=streaming)
-    with pytest.raises(ValueError, match="allowed: .parquet, .arrow or a folder"):
+    with pytest.raises(ValueError, match="`dataset` must be a folder, a .parquet or an .arrow file"):
         load_image_data(str(tmp_path / "text" / "notes.txt"), streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_unknown_split_and_column(image_folder, streaming):
-    with pytest.raises(ValueError, match="split='nope'.*train.*test"):
+    with pytest.raises(ValueError, match="`split` must .*'nope'.*test.*train"):
         load_image_data(str(image_folder), split="nope", streaming=streaming)
-    with pytest.raises(ValueError, match="image_column='img' is not in .*; its columns: image, label"):
+    with pytest.raises(ValueError, match=r"`image_column` must be a column of .* \(image, label\), got 'img'"):
         load_image_data(str(image_folder), image_column="img", streaming=streaming)
-    with pytest.raises(ValueError, match="image_column='label' .*allowed: images"):
+    with pytest.raises(ValueError, match="`image_column` must hold images, .* got 'label'"):
         load_image_data(str(image_folder), image_column="label", streaming=streaming)
 
 
@@ -499,18 +714,20 @@ def save_columns(tmp_path, features, columns):
 def test_image_columns_that_cannot_be_found(tmp_path):
     two = {"before": datasets.Image(), "after": datasets.Image()}
     path = save_columns(tmp_path, two, {"before": [grey(1)], "after": [grey(2)]})
-    with pytest.raises(ValueError, match=r"more than one image column \(before, after\); give `image_column`"):
+    with pytest.raises(
+        ValueError, match=r"`image_column` must be given .* more than one image column \(before, after\)"
+    ):
         load_image_data(path)
     assert load_image_data(path, image_column="after").images.unique().tolist() == [2]
     path = save_columns(tmp_path, {"text": datasets.Value("string")}, {"text": ["a"]})
-    with pytest.raises(ValueError, match="no image column; give `image_column`, one of: text"):
+    with pytest.raises(ValueError, match="`image_column` must be given .* no image column: one of text"):
         load_image_data(path)
 
 
 def test_two_label_columns(tmp_path):
     features = {"image": datasets.Image(), "fine": datasets.ClassLabel(2), "coarse": datasets.ClassLabel(2)}
     path = save_columns(tmp_path, features, {"image": [grey(1)], "fine": [1], "coarse": [0]})
-    with pytest.raises(ValueError, match="more than one label column.*fine, coarse"):
+    with pytest.raises(ValueError, match="`label_column` must be given .*: fine, coarse"):
         load_image_data(path)
     assert load_image_data(path, label_column="fine").labels.tolist() == [1]
 
@@ -520,21 +737,22 @@ def test_labels_out_of_range(tmp_path, label):
     kind = "float64" if label == 1.5 else "int64"
     features = {"image": datasets.Image(), "label": datasets.Value(kind)}
     path = save_columns(tmp_path, features, {"image": [grey(1), grey(2)], "label": [0, label]})
-    with pytest.raises(ValueError, match=r"label .*; allowed: integers from 0"):
+    wanted, got = ("a label for each image", "none") if label is None else ("integers from 0", label)
+    with pytest.raises(ValueError, match=f"`label_column` must hold {wanted}, .* got {got} in .*row 1"):
         load_image_data(path)
     assert load_image_data(path, label_column="").labels is None
     if label == -1:
-        with pytest.raises(ValueError, match="label -1; allowed: integers from 0"):
+        with pytest.raises(ValueError, match="`label_column` must hold integers from 0, .* got -1"):
             list(load_image_data(path, streaming=True))
 
 
 def test_label_above_the_classes(tmp_path):
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
     path = save_columns(tmp_path, features, {"image": [grey(1)], "label": [-1]})
-    with pytest.raises(ValueError, match=r"label -1; allowed: integers in 0\.\.1"):
+    with pytest.raises(ValueError, match=r"integers in 0\.\.1, .* got -1 in .*row 0"):
         load_image_data(path)
     write_idx(tmp_path, "train", np.zeros((2, 4, 4), np.uint8), np.array([3, 10], np.uint8), False)
-    with pytest.raises(ValueError, match=r"row 1: label 10; allowed: integers in 0\.\.9"):
+    with pytest.raises(ValueError, match=r"integers in 0\.\.9, .* got 10 in .*row 1"):
         load_image_data("fashion-mnist", data_dir=str(tmp_path))
 
 
@@ -577,31 +795,49 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 
 def test_corrupt_table(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(ValueError, match=r"dataset=.*t\.parquet"):
+    with pytest.raises(ValueError, match=r"`dataset`, .* must name data that can be read, got .*t\.parquet"):
         load_image_data(str(tmp_path / "t.parquet"))
 
 
 def test_idx_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"):
+    with pytest.raises(
+        FileNotFoundError, match="`data_dir` must hold train-images-idx3-ubyte or train-images-idx3-ubyte.gz"
+    ):
         load_image_data("fashion-mnist", data_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="split='validation' of fashion-mnist; allowed: train, test"):
+    with pytest.raises(ValueError, match=r"`split` must be one of \('train', 'test'\) for fashion-mnist"):
         load_image_data("fashion-mnist", data_dir=str(tmp_path), split="validation")
-    with pytest.raises(ValueError, match="streaming=True with IDX"):
+    with pytest.raises(ValueError, match="`streaming` must be False with IDX files"):
         load_image_data("fashion-mnist", data_dir=str(tmp_path), streaming=True)
     write_idx(tmp_path, "train", np.zeros((2, 4, 4), np.uint8), np.zeros(3, np.uint8), True)
-    with pytest.raises(ValueError, match="3 labels for 2 images"):
+    with pytest.raises(ValueError, match="`labels` must be one for each of the 2 images .*, got 3"):
         load_image_data("fashion-mnist", data_dir=str(tmp_path))
     path = tmp_path / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     for content, words in (
-        (whole[:30], "damaged gzip"),
-        (whole[:12] + zlib.compress(b"x") + whole[20:], "damaged gzip"),
-        (gzip.compress(b"text, not IDX, of some length"), "allowed: 00000803"),
-        (gzip.compress(gzip.decompress(whole)[:-1]), "31 bytes of data"),
+        (whole[:30], "must be a gzip file that is whole"),
+        (whole[:12] + zlib.compress(b"x") + whole[20:], "must be a gzip file that is whole"),
+        (gzip.compress(b"text, not IDX, of some length"), "must begin with 00000803"),
+        (gzip.compress(gzip.decompress(whole)[:-1]), "must hold 32 bytes of data, .* got 31"),
+        (gzip.compress(gzip.decompress(whole) + b"more"), "must hold 32 bytes of data, .* got more"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words):
             load_image_data("fashion-mnist", data_dir=str(tmp_path))
+
+
+def test_zipped_idx_file_is_inflated_no_further_than_its_header_says(tmp_path):
+    write_idx(tmp_path, "train", np.zeros((2, 4, 4), np.uint8), np.zeros(2, np.uint8), True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**26), 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="must hold 32 bytes of data, as its header .* says, got more"):
+        load_image_data("fashion-mnist", data_dir=tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+    header = bytes([0, 0, 8, 3]) + np.array([2**31, 2**10, 2**10], ">u4").tobytes()
+    path.write_bytes(gzip.compress(header))
+    with pytest.raises(ValueError, match="must hold at most 4294967296 bytes, got a header of"):
+        load_image_data("fashion-mnist", data_dir=tmp_path)
 
 
 def test_hub_name_that_cannot_be_reached(monkeypatch):
@@ -609,5 +845,5 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ConnectionError, match=r"dataset='some/name' \(no local path\): no route"):
+    with pytest.raises(ConnectionError, match=r"`dataset` must .* got 'some/name' \(no local path\): no route"):
         load_image_data("some/name")

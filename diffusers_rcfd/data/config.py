@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-from diffusers_rcfd.validation import is_count, option, require, require_kinds
+from diffusers_rcfd.validation import document_options, is_count, normalize, option, require
+
+MAX_RESOLUTION = 8192  # one RGB image of this size has 200 MB
 
 
+@document_options
 @dataclass
 class DataConfig:
     """Where the real images come from; the arguments of `load_image_data`."""
@@ -25,12 +28,10 @@ class DataConfig:
     cache_dir: str | None = option(None, "Cache folder of the data set.")
 
     def __post_init__(self):
-        require_kinds(self)
-        grey_or_rgb = is_count(self.channels) and self.channels in (1, 3)
-        require(self.channels is None or grey_or_rgb, "channels", self.channels, "1 or 3")
-        require(
-            self.resolution is None or is_count(self.resolution, 1),
-            "resolution",
-            self.resolution,
-            "a positive integer",
-        )
+        normalize(self)
+        for name in ("dataset", "split"):
+            require(getattr(self, name), name, getattr(self, name), "a name that is not empty")
+        require(self.channels in (None, 1, 3), "channels", self.channels, "1 (grey) or 3 (RGB)")
+        side = self.resolution
+        possible = side is None or (is_count(side, 1) and side <= MAX_RESOLUTION)
+        require(possible, "resolution", side, f"a positive integer of at most {MAX_RESOLUTION}")

@@ -3,26 +3,48 @@
 `load_image_data` gives `ImageData` (map-style, uint8, in memory where it fits) or `StreamingImageData`.
 """
 
+import glob
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
 
+from diffusers_rcfd.data.columns import encode_labels, find_columns, warn_of_empty_classes
+from diffusers_rcfd.data.config import DataConfig
 from diffusers_rcfd.data.image_files import (
     DIGITS_PATH,
     check_size,
     decode_image,
+    locate,
+    name_row,
     read_digits,
     read_fashion_mnist,
     read_header,
 )
+from diffusers_rcfd.data.image_folders import (
+    ARCHIVES,
+    TABLES,
+    FolderContent,
+    count_endings,
+    is_below_link,
+    open_image_folder,
+    read_folder,
+)
+from diffusers_rcfd.validation import require, require_count
+
+logger = logging.get_logger(__name__)
+
+IN_PACKAGE = ("digits", "fashion-mnist")  # names of data sets, also where a folder has the same
+MAX_MEMORY_BYTES = 4 * 2**30  # what is larger when decoded is decoded on demand
 
 
 class _Column:
@@ -41,15 +63,18 @@ class _Column:
         return _Column(self.source.select(rows), self.column)
 
 
-def _progress(total: int, words: str) -> tqdm:
-    hidden = {"disable": True} if os.environ.get("LOCAL_RANK", "0") != "0" else {}  # else TQDM_DISABLE has its say
+def _open_progress_bar(total: int, words: str) -> tqdm:
+    hidden = {"disable": True} if os.environ.get("LOCAL_RANK", "0") != "0" else {}  # else respect TQDM_DISABLE
     return tqdm(total=total, desc=words, unit=" images", delay=1, **hidden)
 
 
 def _decode_all(values, name: str, resolution: int | None, channels: int | None) -> torch.Tensor:
     """Decode all images into one uint8 tensor (N, C, H, W), in threads: PIL releases the interpreter lock."""
     images = None
-    with _progress(len(values), f"Decoding {name}") as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with (
+        _open_progress_bar(len(values), f"Decoding {name}") as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
         for start in range(0, len(values), 256):
             rows = range(start, min(start + 256, len(values)))
             wheres = [f"{name}: row {row}" for row in rows]
@@ -71,7 +96,7 @@ def _scan_headers(values, name: str, resolution: int | None, channels: int | Non
     if resolution is not None and channels is not None:
         return channels, resolution, resolution
     shapes = []
-    with _progress(len(values), f"Reading headers of {name}") as bar:
+    with _open_progress_bar(len(values), f"Reading headers of {name}") as bar:
         for start in range(0, len(values), 256):
             for row, value in enumerate(values[start : start + 256], start):
                 shapes.append(read_header(value, f"{name}: row {row}"))
@@ -102,18 +127,26 @@ class ImageData(Dataset):
     def __init__(
         self, images, labels=None, *, num_classes=None, class_names=None, name="images", shape=None, resolution=None
     ):
+        in_memory = isinstance(images, torch.Tensor)
+        if in_memory and (images.dtype != torch.uint8 or images.dim() != 4):
+            got = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"`images` must be torch.uint8 (N, C, H, W), got {got}.")
         if len(images) == 0:
-            raise ValueError(f"{name}: no images; allowed: at least one")
-        if isinstance(images, torch.Tensor) and (images.dtype != torch.uint8 or images.dim() != 4):
-            raise ValueError(f"images is {images.dtype} {tuple(images.shape)}; allowed: torch.uint8 (N, C, H, W)")
+            raise ValueError(f"`images` must be at least one image, got none in {name}.")
         if labels is not None and len(labels) != len(images):
-            raise ValueError(f"{name}: {len(labels)} labels for {len(images)} images; allowed: one for each")
-        self.images = images if isinstance(images, torch.Tensor) else None
-        self._stored = None if isinstance(images, torch.Tensor) else images
-        self.labels, self.num_images = labels, len(images)
-        self.num_classes, self.class_names, self.name = num_classes, class_names, name
+            raise ValueError(
+                f"`labels` must be one for each of the {len(images)} images of {name}, got {len(labels)}."
+            )
+        self.images = images if in_memory else None
+        self._stored = None if in_memory else images
+        self.labels = labels
+        self.num_images = len(images)
+        self.num_classes = num_classes
+        self.class_names = class_names
+        self.name = name
         self.image_shape = tuple(images.shape[1:]) if shape is None else tuple(shape)
-        self._resolution, self._fingerprint = resolution, None
+        self._resolution = resolution
+        self._fingerprint = None
 
     def __len__(self) -> int:
         return self.num_images
@@ -180,11 +213,17 @@ class ImageData(Dataset):
         Raises:
             ValueError: `fraction` outside its range, or fewer than two images.
         """
-        if not 0 < fraction < 1 or self.num_images < 2:
-            raise ValueError(f"fraction={fraction} of {self.num_images} images; allowed: 0 < fraction < 1, 2 images")
-        held_out = min(max(round(self.num_images * fraction), 1), self.num_images - 1)
-        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed))
-        return self.subset(order[held_out:].sort().values), self.subset(order[:held_out].sort().values)
+        rest, held_out = split_indices(self.num_images, fraction, seed)
+        return self.subset(rest), self.subset(held_out)
+
+
+def split_indices(num_images: int, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide 0..num_images - 1 at random into (rest, held out), both sorted; see `ImageData.split`."""
+    require(0 < fraction < 1, "fraction", fraction, "above 0 and below 1")
+    require(num_images >= 2, "fraction", fraction, f"of two or more images, not of {num_images}")
+    held_out = min(max(round(num_images * fraction), 1), num_images - 1)
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+    return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 class StreamingImageData(IterableDataset):
@@ -198,7 +237,10 @@ class StreamingImageData(IterableDataset):
     collate = staticmethod(ImageData.collate)
 
     def __init__(self, source, image_column, label_column, **attributes):
-        self.source, self.image_column, self.label_column, self.num_images = source, image_column, label_column, None
+        self.source = source
+        self.image_column = image_column
+        self.label_column = label_column
+        self.num_images = None
         for key in ("image_shape", "resolution", "num_classes", "class_names", "name", "fingerprint"):
             setattr(self, key, attributes[key])
 
@@ -209,8 +251,9 @@ class StreamingImageData(IterableDataset):
             check_size(pixels.shape[1:], self.image_shape[1:], where)
             item = {"images": torch.tensor(pixels)}
             if self.label_column is not None:
-                label = row[self.label_column]
-                item["labels"] = _encode_labels([label], self.num_classes, self.class_names, where)[0][0]
+                where = locate(where, row[self.image_column])
+                labels, _, _ = encode_labels([row[self.label_column]], self.class_names, lambda _, where=where: where)
+                item["labels"] = labels[0]
             yield item
 
     def set_epoch(self, epoch: int) -> None:
@@ -239,128 +282,38 @@ class StreamingImageData(IterableDataset):
         self.source.load_state_dict(state_dict)
 
 
-def _find_columns(features, image_column, label_column, name: str) -> tuple[str, str | None]:
-    """Return the image column and the label column (or None) among a data set's features, given or found."""
-    for field, column in (("image_column", image_column), ("label_column", label_column)):
-        if column and column not in features:
-            raise ValueError(f"{field}={column!r} is not in {name}; its columns: {', '.join(features)}")
-
-    def dtype(column):
-        return getattr(features[column], "dtype", None)
-
-    def holds_images(column):
-        struct = isinstance(features[column], dict) and "bytes" in features[column]
-        return struct or dtype(column) in ("PIL.Image.Image", "binary", "large_binary")
-
-    kinds = {column: type(feature).__name__ for column, feature in features.items()}
-    found = [column for column in features if holds_images(column)]
-    found = [column for column in found if kinds[column] == "Image"] or found
-    if image_column and not holds_images(image_column) and dtype(image_column) not in ("string", "large_string"):
-        raise ValueError(f"image_column={image_column!r} of {name} holds {features[image_column]}; allowed: images, "
-                         "encoded bytes or paths")  # fmt: skip
-    if not image_column and len(found) != 1:
-        trouble = f"more than one image column ({', '.join(found)})" if found else "no image column"
-        raise ValueError(f"{name} has {trouble}; give `image_column`, one of: {', '.join(features)}")
-    image_column = image_column or found[0]
-    if label_column is None:
-        classes = [column for column in features if kinds[column] == "ClassLabel"]
-        named = [column for column in ("label", "labels") if column in features]
-        if len(classes) > 1 and not named:
-            raise ValueError(f"{name} has more than one label column; give `label_column`, one of: "
-                             f"{', '.join(classes)}, or '' for none")  # fmt: skip
-        label_column = (named or classes or [None])[0]
-    return image_column, label_column or None
-
-
-def _encode_labels(values: list, num_classes: int | None, class_names: list | None, name: str):
-    """Turn labels (class numbers, or names) into (int64 tensor (N,), num_classes, class_names), checked."""
-    if class_names is None and values and all(isinstance(value, str) for value in values):
-        class_names = sorted(set(values))
-        values = [class_names.index(value) for value in values]
-        num_classes = len(class_names)
-    for row, value in enumerate(values):
-        if not isinstance(value, int) or value < 0 or (num_classes is not None and value >= num_classes):
-            allowed = "integers from 0" if num_classes is None else f"integers in 0..{num_classes - 1}"
-            at = f"{name}: row {row}" if len(values) > 1 else name
-            raise ValueError(f"{at}: label {value!r}; allowed: {allowed} (or label_column='' to go without labels)")
-    return torch.tensor(values, dtype=torch.long), num_classes, class_names
-
-
-def _load_source(dataset: str, config, data_dir, split: str, streaming: bool, cache_dir):
-    """Open a Hub or local data set with `datasets`; its errors come back naming our arguments."""
-    import datasets
-
-    path, arguments = Path(dataset).expanduser(), {"name": config, "data_dir": data_dir}
-    local = path.exists()
-    if not local and (path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in (".parquet", ".arrow")):
-        raise FileNotFoundError(f"dataset={dataset!r}: no such file or folder")
-    if data_dir is not None and "://" not in str(data_dir) and dataset in ("imagefolder", "parquet", "arrow"):
-        return _load_source(str(Path(data_dir).expanduser().absolute()), config, None, split, streaming, cache_dir)
-    loader = dataset
-    try:
-        if path.is_file():
-            if path.suffix not in (".parquet", ".arrow"):
-                raise ValueError("not a parquet or arrow file; allowed: .parquet, .arrow or a folder")
-            loader, arguments = path.suffix[1:], {"data_files": str(path)}
-        elif local:
-            if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):  # Dataset.save_to_disk
-                source = datasets.load_from_disk(str(path))
-                source = source if isinstance(source, dict) else {str(source.split or "train"): source}
-                if split not in source:
-                    raise ValueError(f"unknown split; allowed: {', '.join(source)}")
-                return source[split].to_iterable_dataset() if streaming else source[split]
-            tables = any(next(path.rglob(f"*.{kind}"), None) for kind in ("parquet", "arrow"))
-            loader = str(path) if tables else "imagefolder"
-            arguments = {"name": config, "data_dir": data_dir} if tables else {"data_dir": str(path)}
-        return datasets.load_dataset(loader, split=split, streaming=streaming, cache_dir=cache_dir, **arguments)
-    except (FileNotFoundError, ConnectionError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
-        raise kind(f"dataset={dataset!r} ({'a local path' if local else 'no local path'}): {error}") from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = f"{error} {error.__cause__ or ''}".strip()
-        raise ValueError(f"dataset={dataset!r}, dataset_config_name={config!r}, split={split!r}: {reason}") from error
-
-
-def _first_shape(source, image_column, label_column, name, resolution, channels) -> tuple[int, int, int]:
-    """Check what can be checked of a stream before it is used, and return the shape (C, H, W) of its first image."""
-    feature = source.features[label_column] if label_column else None
-    if label_column and not hasattr(feature, "names") and "int" not in str(getattr(feature, "dtype", "")):
-        raise ValueError(f"label_column={label_column!r} holds {feature}; allowed in a stream: ClassLabel or integers")
-    first = next(iter(source), None)
-    if first is None:
-        raise ValueError(f"{name}: no images; allowed: at least one")
-    return decode_image(first[image_column], f"{name}: row 0", resolution, channels).shape
-
-
 def load_image_data(
-    dataset: str = "digits",
+    dataset: str | os.PathLike = "digits",
     *,
     dataset_config_name: str | None = None,
-    data_dir: str | None = None,
+    data_dir: str | os.PathLike | None = None,
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
     resolution: int | None = None,
     channels: int | None = None,
     streaming: bool = False,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
     max_images: int | None = None,
     seed: int = 0,
-    max_memory_bytes: int = 4 * 2**30,
+    max_memory_bytes: int = MAX_MEMORY_BYTES,
     buffer_size: int = 1000,
 ) -> ImageData | StreamingImageData:
     """Load images, and labels where there are any, from one of the sources below.
 
+    The numbers of images and classes are logged, and what is left out of a folder is warned of.
+
     Args:
         dataset: "digits" (1797 images 8x8, in the package), "fashion-mnist" (IDX files in `data_dir`, else from the
-            Hub), a local folder of images (subfolders are classes) or of parquet or arrow files, one such file, or
-            the name of a data set on the Hub.
+            Hub), a local folder of images or of parquet or arrow files, one such file, or the name of a data set on
+            the Hub. In a folder of images the first level of subfolders are the classes, below folders with the
+            names of splits (train, validation, test) where there are any.
         dataset_config_name: configuration of a Hub data set; default its own.
         data_dir: folder of the IDX files, or what `datasets.load_dataset` takes under this name.
-        split: default "train"; digits have no other, IDX files "train" and "test"; elsewhere `datasets` knows.
+        split: default "train"; digits have no other, IDX files "train" and "test"; elsewhere as in `datasets`.
         image_column, label_column: default the only image column, and "label", "labels" or the only ClassLabel
             column. `label_column=""` loads no labels.
-        resolution: shorter side is resized (bicubic, antialiased) to this, at least 1, and the centre cropped;
+        resolution: shorter side is resized (bicubic, antialiased) to this, 1 to 8192, and the centre cropped;
             default leaves images as they are, which must then have one size.
         channels: 1 (grey) or 3 (RGB); default 1 if all images are grey (streaming: if the first is), else 3.
         streaming: read while iterating; nothing is stored first.
@@ -375,70 +328,282 @@ def load_image_data(
         ValueError: an argument, column, split, label or image is not as above; the message says which and what is
             allowed. Data decoded on demand or streamed is checked as far as its headers, or its first image.
     """
-    for field, value in (("max_images", max_images), ("resolution", resolution), ("buffer_size", buffer_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{field}={value!r}; allowed: integers from 1")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels={channels!r}; allowed: 1 (grey), 3 (RGB) or None")
-    if not dataset or not split:
-        raise ValueError(f"dataset={dataset!r}, split={split!r}; allowed: names that are not empty")
-    if dataset == "digits" and data_dir is not None:
-        raise ValueError(f"data_dir={str(data_dir)!r} with dataset='digits', which is in the package; give none")
-    idx = dataset == "fashion-mnist" and data_dir is not None
-    if idx and streaming:
-        raise ValueError("streaming=True with IDX files; allowed: False, they are read at once")
-    if (idx or dataset == "imagefolder") and data_dir is not None and "://" not in str(data_dir):
-        if not Path(data_dir).expanduser().is_dir():
-            raise FileNotFoundError(f"data_dir={str(data_dir)!r}: no such folder")
+    if isinstance(dataset, os.PathLike):
+        dataset = _check_path(dataset)
+    options = DataConfig(
+        dataset=dataset,
+        dataset_config_name=dataset_config_name,
+        data_dir=data_dir,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        resolution=resolution,
+        channels=channels,
+        streaming=streaming,
+        cache_dir=cache_dir,
+    )
+    max_images = None if max_images is None else require_count("max_images", max_images, 1)
+    seed = require_count("seed", seed, 0)
+    max_memory_bytes = require_count("max_memory_bytes", max_memory_bytes, 0)
+    buffer_size = require_count("buffer_size", buffer_size, 1)
+    _check_data_dir(options)
 
-    name, source, names = f"{dataset} [{split}]", None, None
-    if idx or (dataset == "digits" and not streaming):  # read without `datasets`, which is slow to import
-        values, stored_labels, names = (
-            read_fashion_mnist(Path(data_dir).expanduser(), split) if idx else read_digits(split)
-        )
-        _, label_column = _find_columns({"image": {"bytes": None}, "label": None}, image_column, label_column, name)
+    name = f"{options.dataset} [{options.split}]"
+    if _is_idx(options) or (options.dataset == "digits" and not options.streaming):
+        data = _read_packaged(options, name, max_images, seed, max_memory_bytes)
     else:
-        loaded = {"digits": str(DIGITS_PATH), "fashion-mnist": "fashion_mnist"}.get(dataset, dataset)
-        source = _load_source(loaded, dataset_config_name, data_dir, split, streaming, cache_dir)
-        source = source._resolve_features() if source.features is None else source
-        image_column, label_column = _find_columns(source.features, image_column, label_column, name)
-        if type(source.features[image_column]).__name__ == "Image":  # we decode, to name the row of a damaged file
-            source = source.cast_column(image_column, type(source.features[image_column])(decode=False))
-        names = getattr(source.features[label_column], "names", None) if label_column else None
-    if streaming:
-        source = source if max_images is None else source.take(max_images)
-        parameters = (name, dataset_config_name, str(data_dir), image_column, label_column, resolution, channels)
-        fingerprint = hashlib.blake2b(repr((parameters, max_images, seed, buffer_size)).encode(), digest_size=8)
-        return StreamingImageData(
-            source.select_columns([column for column in (image_column, label_column) if column]).shuffle(
-                seed=seed, buffer_size=buffer_size
-            ),
-            image_column,
-            label_column,
-            image_shape=_first_shape(source, image_column, label_column, name, resolution, channels),
-            resolution=resolution,
-            num_classes=len(names) if names else None,
-            class_names=names,
-            name=name,
-            fingerprint=fingerprint.hexdigest(),
-        )
+        source = _open_source(options)
+        if options.streaming:
+            return _stream(source, options, name, max_images, seed, buffer_size)
+        data = read_table(source, options, name, max_images, seed, max_memory_bytes)
+    classes = "no labels" if data.labels is None else f"{data.num_classes} classes"
+    logger.info(f"{name}: {len(data)} images of shape {data.image_shape}, {classes}.")
+    return data
 
-    if source is not None:
-        values, stored_labels = _Column(source, image_column), source[label_column][:] if label_column else None
-    if len(values) == 0:
-        raise ValueError(f"{name}: no images; allowed: at least one")
-    described = {"name": name}
-    labels = None
-    if label_column:
-        labels, num_classes, names = _encode_labels(stored_labels, len(names) if names else None, names, name)
-        described.update(num_classes=num_classes or int(labels.max()) + 1, class_names=names)
+
+def _check_path(path: os.PathLike) -> str:
+    """Return a path as text that is no name of a data set; raise an error if it does not exist."""
+    if not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"`dataset` must be a file or folder that exists where it is a path, got {path!r}.")
+    text = os.fspath(path)
+    return os.path.join(os.curdir, text) if text in IN_PACKAGE else text
+
+
+def _is_idx(options: DataConfig) -> bool:
+    return options.dataset == "fashion-mnist" and options.data_dir is not None
+
+
+def _check_data_dir(options: DataConfig) -> None:
+    """Raise an error for a `data_dir` or `streaming` that does not suit `dataset`."""
+    folder = options.data_dir
+    require(folder is None or options.dataset != "digits", "data_dir", folder, "None with the embedded digits")
+    require(not (_is_idx(options) and options.streaming), "streaming", True, "False with IDX files")
+    if folder is not None and options.dataset in ("fashion-mnist", "imagefolder") and "://" not in folder:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"`data_dir` must be a folder that exists, got {folder!r}.")
+
+
+def _read_packaged(
+    options: DataConfig, name: str, max_images: int | None, seed: int, max_memory_bytes: int
+) -> ImageData:
+    """Read the embedded digits or IDX files, without `datasets`, which is slow to import."""
+    if _is_idx(options):
+        values, stored_labels, names = read_fashion_mnist(Path(options.data_dir), options.split)
+    else:
+        values, stored_labels, names = read_digits(options.split)
+    columns = {"image": {"bytes": None}, "label": None}
+    _, label_column = find_columns(columns, options.image_column, options.label_column, name)
+    labels, described = _read_labels(stored_labels if label_column else None, names, values, name)
     if max_images is not None and max_images < len(values):
-        rows = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
+        rows = _draw(len(values), max_images, seed)
+        values = [values[row] for row in rows]
         labels = None if labels is None else labels[rows]
-        values = values.select(rows.tolist()) if source is not None else [values[row] for row in rows.tolist()]
+    size = _count_bytes(values, options, name)
+    require(
+        size <= max_memory_bytes,
+        "resolution",
+        options.resolution,
+        f"such that the {len(values)} images of {name} have at most max_memory_bytes={max_memory_bytes}, not {size}",
+    )
+    return ImageData(_decode_all(values, name, options.resolution, options.channels), labels, **described)
+
+
+def read_table(
+    source,
+    options: DataConfig,
+    name: str,
+    max_images: int | None = None,
+    seed: int = 0,
+    max_memory_bytes: int = MAX_MEMORY_BYTES,
+) -> ImageData:
+    """Read the images of a `datasets.Dataset`; arguments as of `load_image_data`."""
+    source, image_column, label_column = _choose_columns(source, options, name)
+    values = _Column(source, image_column)
+    names = _read_class_names(source, label_column)
+    labels, described = _read_labels(source[label_column][:] if label_column else None, names, values, name)
+    if max_images is not None and max_images < len(values):
+        rows = _draw(len(values), max_images, seed)
+        values = values.select(rows)
+        labels = None if labels is None else labels[rows]
+    if _count_bytes(values, options, name) > max_memory_bytes:
+        shape = _scan_headers(values, name, options.resolution, options.channels)
+        return ImageData(values, labels, shape=shape, resolution=options.resolution, **described)
+    return ImageData(_decode_all(values, name, options.resolution, options.channels), labels, **described)
+
+
+def _choose_columns(source, options: DataConfig, name: str):
+    """Return a data set whose rows come as stored, with its image column and label column."""
+    source = source._resolve_features() if source.features is None else source
+    source = source.with_format(None)
+    image_column, label_column = find_columns(source.features, options.image_column, options.label_column, name)
+    feature = source.features[image_column]
+    if type(feature).__name__ == "Image":  # decoded here, so that a message can name the row of a damaged file
+        source = source.cast_column(image_column, type(feature)(decode=False))
+    return source, image_column, label_column
+
+
+def _read_class_names(source, label_column: str | None) -> list[str] | None:
+    return getattr(source.features[label_column], "names", None) if label_column else None
+
+
+def _read_labels(stored: list | None, names: list[str] | None, values, name: str) -> tuple[torch.Tensor | None, dict]:
+    """Return labels (N,) or None, and what `ImageData` is told of name and classes."""
+    if len(values) == 0:
+        raise ValueError(f"`dataset` must hold at least one image, got none in {name}.")
+    if stored is None:
+        return None, {"name": name}
+
+    def locate_row(row):
+        return name_row(name, row, values[row : row + 1][0])
+
+    labels, num_classes, class_names = encode_labels(stored, names, locate_row)
+    if class_names is None:
+        warn_of_empty_classes(labels, num_classes, name)
+    return labels, {"name": name, "num_classes": num_classes, "class_names": class_names}
+
+
+def _draw(num_images: int, max_images: int, seed: int) -> list[int]:
+    """Draw so many rows at random, and return them sorted."""
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+    return order[:max_images].sort().values.tolist()
+
+
+def _count_bytes(values, options: DataConfig, name: str) -> int:
+    """Return the bytes of all images when they are decoded, as far as the first one tells."""
     _, height, width = read_header(values[0:1][0], f"{name}: row 0")
-    size = (channels or 3) * (resolution**2 if resolution else height * width)
-    if source is not None and len(values) * size > max_memory_bytes:
-        shape = _scan_headers(values, name, resolution, channels)
-        return ImageData(values, labels, shape=shape, resolution=resolution, **described)
-    return ImageData(_decode_all(values, name, resolution, channels), labels, **described)
+    pixels = options.resolution**2 if options.resolution else height * width
+    return len(values) * (options.channels or 3) * pixels
+
+
+def _stream(
+    source, options: DataConfig, name: str, max_images: int | None, seed: int, buffer_size: int
+) -> StreamingImageData:
+    """Return the images of a `datasets.IterableDataset` as a shuffled stream."""
+    source, image_column, label_column = _choose_columns(source, options, name)
+    names = _read_class_names(source, label_column)
+    shape = _read_first_shape(source, image_column, label_column, name, options)
+    parameters = (name, options.dataset_config_name, str(options.data_dir), image_column, label_column,
+                  options.resolution, options.channels, max_images, seed, buffer_size)  # fmt: skip
+    source = source if max_images is None else source.take(max_images)
+    source = source.select_columns([column for column in (image_column, label_column) if column])
+    return StreamingImageData(
+        source.shuffle(seed=seed, buffer_size=buffer_size),
+        image_column,
+        label_column,
+        image_shape=shape,
+        resolution=options.resolution,
+        num_classes=len(names) if names else None,
+        class_names=names,
+        name=name,
+        fingerprint=hashlib.blake2b(repr(parameters).encode(), digest_size=8).hexdigest(),
+    )
+
+
+def _read_first_shape(source, image_column, label_column, name, options) -> tuple[int, int, int]:
+    """Check what can be checked of a stream before it is used, and return the shape (C, H, W) of its first image."""
+    feature = source.features[label_column] if label_column else None
+    if label_column and not hasattr(feature, "names") and "int" not in str(getattr(feature, "dtype", "")):
+        raise ValueError(
+            f"`label_column` must hold a ClassLabel or integers in a stream, got {label_column!r}, which holds "
+            f"{feature}."
+        )
+    first = next(iter(source), None)
+    if first is None:
+        raise ValueError(f"`dataset` must hold at least one image, got none in {name}.")
+    return decode_image(first[image_column], f"{name}: row 0", options.resolution, options.channels).shape
+
+
+def _open_source(options: DataConfig):
+    """Open a Hub or local data set with `datasets`; its errors come back naming our arguments."""
+    import datasets
+
+    path = Path(options.dataset)
+    local = options.dataset not in IN_PACKAGE and path.exists()
+    if not local and (path.is_absolute() or options.dataset.startswith(".") or path.suffix in TABLES):
+        raise FileNotFoundError(
+            f"`dataset` must be a file or folder that exists where it is a path, got {options.dataset!r}: no such "
+            "file or folder."
+        )
+    folder = options.data_dir
+    if folder is not None and "://" not in folder and options.dataset in ("imagefolder", "parquet", "arrow"):
+        return _open_source(replace(options, dataset=os.path.abspath(folder), data_dir=None))
+    try:
+        return _open_path(path, options) if local else _load_from_hub(options)
+    except (FileNotFoundError, ConnectionError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
+        where = "a local path" if local else "no local path"
+        raise kind(
+            f"`dataset` must be a data set that can be found, got {options.dataset!r} ({where}): {error}"
+        ) from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = f"{error} {error.__cause__ or ''}".strip()
+        raise ValueError(
+            f"`dataset`, `dataset_config_name` and `split` must name data that can be read, got {options.dataset!r}, "
+            f"{options.dataset_config_name!r} and {options.split!r}: {cause}"
+        ) from error
+
+
+def _load_from_hub(options: DataConfig):
+    name = {"digits": str(DIGITS_PATH), "fashion-mnist": "fashion_mnist"}.get(options.dataset, options.dataset)
+    if name == str(DIGITS_PATH):
+        return _load_dataset("parquet", options, data_files=glob.escape(name))
+    return _load_dataset(name, options, name=options.dataset_config_name, data_dir=options.data_dir)
+
+
+def _load_dataset(loader: str, options: DataConfig, **arguments):
+    import datasets
+
+    return datasets.load_dataset(
+        loader, split=options.split, streaming=options.streaming, cache_dir=options.cache_dir, **arguments
+    )
+
+
+def _open_path(path: Path, options: DataConfig):
+    """Open a local file or folder."""
+    if path.is_file():
+        if path.suffix.lower() not in TABLES:
+            raise ValueError(f"`dataset` must be a folder, a .parquet or an .arrow file, got {str(path)!r}.")
+        return _load_dataset(path.suffix[1:].lower(), options, data_files=glob.escape(str(path)))
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _open_saved(path, options)
+    content = read_folder(path)
+    if content.images and not content.tables and not content.metadata:
+        source = open_image_folder(path, content, options.split, mixed=options.streaming)
+        return source.to_iterable_dataset(num_shards=min(len(source), 1024)) if options.streaming else source
+    archives = any(other.lower().endswith(ARCHIVES) for other in content.others)
+    if not (content.images or content.tables or content.metadata or archives):
+        found = count_endings(content) if content.others else "no files"
+        raise FileNotFoundError(f"there are no images and no parquet or arrow files, but {found}.")
+    if glob.escape(str(path)) != str(path):
+        raise ValueError(
+            "`datasets` reads *, ? and [ in the path of a folder of tables as patterns; rename the folder."
+        )
+    if content.tables or (content.metadata and not content.images):
+        return _open_tables(path, content, options)
+    source = _load_dataset("imagefolder", options, data_dir=str(path))
+    num_files = sum(file.split in (None, options.split) for file in content.images)
+    if not options.streaming and len(source) < num_files:
+        logger.warning(f"{path} has {num_files} images, of which its metadata names {len(source)}; these are loaded.")
+    return source
+
+
+def _open_tables(path: Path, content: FolderContent, options: DataConfig):
+    """Open a folder of parquet or arrow files, or of others that `datasets` knows."""
+    linked = [table for table in content.tables if is_below_link(path, table)]
+    if linked:
+        logger.warning(f"{path}: {len(linked)} tables in linked folders are left out, such as {linked[0]}.")
+    if content.images:
+        logger.warning(f"{path} has tables: its {len(content.images)} image files are left out.")
+    return _load_dataset(str(path), options, name=options.dataset_config_name, data_dir=options.data_dir)
+
+
+def _open_saved(path: Path, options: DataConfig):
+    """Open what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written."""
+    import datasets
+
+    source = datasets.load_from_disk(str(path))
+    source = source if isinstance(source, dict) else {str(source.split or "train"): source}
+    if options.split not in source:
+        raise ValueError(f"`split` must be one of {', '.join(source)}, got {options.split!r}.")
+    source = source[options.split]
+    return source.to_iterable_dataset() if options.streaming else source

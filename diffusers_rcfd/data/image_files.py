@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import math
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -13,6 +15,7 @@ FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
+MAX_IDX_BYTES = 4 * 2**30
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -25,11 +28,11 @@ def _open(value) -> Image.Image:
     if not isinstance(value, dict):
         if isinstance(value, Image.Image):
             return value
-        raise ValueError(f"the image is {'missing' if value is None else type(value).__name__}")
+        raise ValueError("it is missing" if value is None else f"it is a {type(value).__name__}")
     if value.get("bytes") is not None:
         return Image.open(BytesIO(value["bytes"]))
     if value.get("path") is None:
-        raise ValueError("the image has neither bytes nor a path")
+        raise ValueError("it has neither bytes nor a path")
     if "://" not in value["path"]:
         return Image.open(value["path"])
     from datasets import Image as ImageFeature  # a remote file: data sets' own opener knows endpoint and token
@@ -45,7 +48,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # PNG, TIFF and PGM hold 16 bits in either I;16 or I
         levels = np.array(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"levels {levels.min()}..{levels.max()} of mode 'I'; allowed: 0..65535 (16 bits)")
+            raise ValueError(f"levels of mode 'I' must be in 0..65535 (16 bits), got {levels.min()}..{levels.max()}")
         if isinstance(image.info.get("transparency"), int):
             levels[levels == image.info["transparency"]] = 65535
         return Image.fromarray(np.round(levels / 257).astype(np.uint8))
@@ -55,10 +58,20 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image.convert("L" if grey else "RGB")
 
 
+def locate(where: str, value) -> str:
+    """Return the words by which a message names a stored image, with its path where it has one."""
+    path = value.get("path") if isinstance(value, dict) else None
+    return f"{where} ({path})" if path else where
+
+
+def name_row(name: str, row: int, value) -> str:
+    """Return the words by which a message names the image of a row."""
+    return locate(f"{name}: row {row}", value)
+
+
 def decode_image(value, where: str, resolution: int | None, channels: int | None) -> np.ndarray:
     """Decode one stored image to uint8 (C, H, W); every failure is a ValueError that begins with `where`."""
-    if isinstance(value, dict) and value.get("path"):
-        where = f"{where} ({value['path']})"
+    where = locate(where, value)
     try:
         with _open(value) as image:
             image = _to_8_bit(ImageOps.exif_transpose(image))
@@ -75,7 +88,7 @@ def decode_image(value, where: str, resolution: int | None, channels: int | None
 
 
 def read_header(value, where: str) -> tuple[int, int, int]:
-    """Read the shape (C, H, W) that `_decode` would give, from the file header alone."""
+    """Read the shape (C, H, W) that `decode_image` would give, from the file header alone."""
     try:
         with _open(value) as image:
             width, height = image.size
@@ -115,7 +128,7 @@ def read_fashion_mnist(folder: Path, split: str) -> tuple[np.ndarray, list, list
 
 def _check_split(split: str, allowed: tuple, name: str) -> None:
     if split not in allowed:
-        raise ValueError(f"split={split!r} of {name}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"`split` must be one of {allowed} for {name}, got {split!r}.")
 
 
 def _read_idx(folder: Path, stem: str, dimensions: int) -> np.ndarray:
@@ -123,16 +136,28 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> np.ndarray:
     names = [f"{stem}-idx{dimensions}-ubyte", f"{stem}-idx{dimensions}-ubyte.gz"]
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"data_dir='{folder}' holds neither {names[0]} nor {names[1]}")
+        raise FileNotFoundError(f"`data_dir` must hold {names[0]} or {names[1]}, got {str(folder)!r}.")
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (EOFError, OSError) as error:
-        raise ValueError(f"{path}: damaged gzip file: {error}") from error
-    header = 4 + 4 * dimensions
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < header:
-        raise ValueError(f"{path}: begins with {content[:4].hex()}; allowed: 000008{dimensions:02x} (IDX of uint8)")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
-    if len(content) - header != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path}: {len(content) - header} bytes of data; its header says {shape}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            return _read_array(file, path, dimensions)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} must be a gzip file that is whole, got: {error}") from error
+
+
+def _read_array(file, path: Path, dimensions: int) -> np.ndarray:
+    """Read the array of an open IDX file, and never more bytes of it than its header promises."""
+    start = file.read(4)
+    sizes = file.read(4 * dimensions)
+    if start != bytes([0, 0, 8, dimensions]) or len(sizes) < 4 * dimensions:
+        raise ValueError(f"{path} must begin with 000008{dimensions:02x} (IDX of uint8), got {start.hex()}.")
+    shape = tuple(int(size) for size in np.frombuffer(sizes, ">u4"))
+    promised = math.prod(shape)
+    if promised > MAX_IDX_BYTES:
+        raise ValueError(f"{path} must hold at most {MAX_IDX_BYTES} bytes, got a header of {shape}.")
+    data = file.read(promised + 1)
+    if len(data) != promised:
+        got = f"{len(data)}" if len(data) < promised else "more"
+        raise ValueError(f"{path} must hold {promised} bytes of data, as its header {shape} says, got {got}.")
+    return np.frombuffer(data, np.uint8).reshape(shape)

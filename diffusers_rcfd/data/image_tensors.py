@@ -4,25 +4,26 @@ import torch
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
-    """Map uint8 images 0..255 to float32 in [-1, 1] by u / 127.5 - 1; floating images pass through unchanged."""
+    """Map uint8 images 0..255 to float32 in [-1, 1] by u / 127.5 - 1; floating images become float32 as they are."""
     if images.is_floating_point():
-        return images
+        return images.float()
     if images.dtype != torch.uint8:
-        raise TypeError(f"images has dtype {images.dtype}; allowed: torch.uint8 or a floating type")
+        raise TypeError(f"`images` must be torch.uint8 or of a floating type, got {images.dtype}.")
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Map floating images in [-1, 1] to uint8 0..255, rounded and clamped: the exact inverse of `to_model_range`."""
     if not images.is_floating_point():
-        raise TypeError(f"images has dtype {images.dtype}; allowed: a floating type, values in [-1, 1]")
+        raise TypeError(f"`images` must be of a floating type, with values in [-1, 1], got {images.dtype}.")
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def flip(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mirror left to right those images (B, C, H, W) whose entry in the boolean `mask` (B,) is true."""
     if mask.dtype != torch.bool or mask.shape != images.shape[:1]:
-        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; allowed: torch.bool ({images.shape[0]},)")
+        got = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"`mask` must be torch.bool ({images.shape[0]},), got {got}.")
     return torch.where(mask[:, None, None, None], images.flip(-1), images)
 
 
@@ -40,11 +41,14 @@ def shift_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, reflec
     """
     batch, _, height, width = images.shape
     if padding < 0 or (reflect and padding >= min(height, width)):
-        raise ValueError(f"padding={padding}; allowed: at least 0, and below {min(height, width)} with reflect=True")
+        allowed = f"at least 0, and below {min(height, width)} with reflect=True"
+        raise ValueError(f"`padding` must be {allowed}, got {padding}.")
     if offsets.shape != (batch, 2) or offsets.is_floating_point():
-        raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}; allowed: integers ({batch}, 2)")
+        got = f"{offsets.dtype} {tuple(offsets.shape)}"
+        raise ValueError(f"`offsets` must be integers of shape ({batch}, 2), got {got}.")
     if offsets.device.type == "cpu" and batch and not 0 <= offsets.min() <= offsets.max() <= 2 * padding:
-        raise ValueError(f"offsets={offsets.tolist()}; allowed: 0..{2 * padding}, twice the padding")
+        got = f"{offsets.min()}..{offsets.max()}"
+        raise ValueError(f"`offsets` must be in 0..{2 * padding}, twice the padding, got {got}.")
     offsets = offsets.to(images.device, torch.long) - padding
     rows = torch.arange(height, device=images.device) + offsets[:, :1]  # (B, H)
     columns = torch.arange(width, device=images.device) + offsets[:, 1:]  # (B, W)

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from diffusers_rcfd.validation import option, require, require_count, require_kinds
+from diffusers_rcfd.validation import document_options, normalize, option, require, require_count
 
 METRICS = ("fd", "is", "kid", "precision", "recall")
 
 
+@document_options
 @dataclass
 class EvaluationConfig:
     """How generated images are judged; the reference is a `DataConfig`."""
@@ -23,9 +24,8 @@ class EvaluationConfig:
     statistics_dir: str | None = option(None, "Cache of the reference's statistics; unset: in the Hugging Face home.")
 
     def __post_init__(self):
-        require_kinds(self)
-        several = isinstance(self.metrics, (list, tuple)) and len(self.metrics) > 0
-        require(several, "metrics", self.metrics, f"of {METRICS}")
+        normalize(self)
+        require(len(self.metrics) > 0, "metrics", self.metrics, f"of {METRICS}")
         for metric in self.metrics:
             require(metric in METRICS, "metrics", metric, f"of {METRICS}")
         for name, least in (("num_images", 2), ("eval_batch_size", 1), ("seed", 0)):

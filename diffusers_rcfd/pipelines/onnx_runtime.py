@@ -11,6 +11,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_rcfd.models.denoiser import call_unet
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
+from diffusers_rcfd.validation import require_count
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -35,8 +36,7 @@ def to_onnx_runtime(pipeline: RCFDPipeline, num_threads: int | None = None) -> R
         raise ImportError(f"ONNX Runtime needs {', '.join(missing)}: pip install diffusers_rcfd[onnx].")
     check_float32_on_cpu("pipeline", next(pipeline.unet.parameters()))
     num_threads = torch.get_num_threads() if num_threads is None else num_threads
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
-        raise ValueError(f"`num_threads` must be a positive integer, got {num_threads!r}.")
+    num_threads = require_count("num_threads", num_threads, 1)
     unet = copy.copy(pipeline.unet)  # the same weights, a forward pass of its own
     unet.forward = _Session(getattr(pipeline.unet, "_orig_mod", pipeline.unet), num_threads)
     faster = RCFDPipeline(unet, pipeline.scheduler)

@@ -18,7 +18,7 @@ from diffusers_rcfd.models.denoiser import Denoiser, unwrap
 from diffusers_rcfd.saving import saved_whole
 from diffusers_rcfd.schedulers.noise_schedules import schedule_betas
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
-from diffusers_rcfd.validation import require
+from diffusers_rcfd.validation import require_count
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -157,8 +157,7 @@ class RCFDPipeline(DiffusionPipeline):
 
     def _initial_noise(self, image_shape, batch_size, generator, latents, device) -> torch.Tensor:
         """z_T (B, C, H, W) in float32, whatever the network's number type, so that noise depends on the seed alone."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
+        batch_size = require_count("batch_size", batch_size, 1)
         if latents is not None:
             latents = torch.as_tensor(latents)
             if latents.ndim != 4 or latents.shape[1:] != image_shape or batch_size not in (1, len(latents)):
@@ -366,7 +365,7 @@ def check_class_labels(class_labels, num_classes: int | None, z: torch.Tensor) -
 
 def pipeline_source() -> str:
     """The pipeline and its scheduler as one Python file that needs Diffusers and nothing of ours."""
-    parts = (require, saved_whole, schedule_betas, RCFDScheduler, Denoiser, RCFDPipeline)
+    parts = (require_count, saved_whole, schedule_betas, RCFDScheduler, Denoiser, RCFDPipeline)
     files = dict.fromkeys(inspect.getsourcefile(inspect.unwrap(part)) for part in parts)
     source = "\n\n".join(Path(file).read_text(encoding="utf-8") for file in files)
     return re.sub(r"^from diffusers_rcfd\S* import (\([^)]*\)|.*)\n", "", source, flags=re.MULTILINE)

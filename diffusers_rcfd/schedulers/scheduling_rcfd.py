@@ -17,7 +17,7 @@ from diffusers_rcfd.schedulers.noise_schedules import (
     schedule_betas,
     zero_terminal_snr,
 )
-from diffusers_rcfd.validation import is_number
+from diffusers_rcfd.validation import is_number, require_count, to_integer
 
 logger = logging.get_logger(__name__)
 
@@ -128,8 +128,7 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         # A default left out of the config would be read as another scheduler's default by its `from_config`.
         self.register_to_config(_use_default_values=[])
         n = num_train_timesteps
-        if not isinstance(n, int) or n < 2:
-            raise ValueError(f"`num_train_timesteps` must be an integer of at least 2, got {n!r}.")
+        require_count("num_train_timesteps", n, 2)
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
         flags = {"clip_sample": clip_sample, "thresholding": thresholding}
@@ -280,9 +279,9 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if `num_inference_steps` is outside 1..n - 1.
         """
-        last, N = self.config.num_train_timesteps - 1, num_inference_steps
-        if isinstance(N, bool) or not isinstance(N, int) or not 1 <= N <= last:
-            raise ValueError(f"`num_inference_steps` must be an integer in 1..{last}, got {N!r}.")
+        last, N = self.config.num_train_timesteps - 1, to_integer(num_inference_steps)
+        if N is None or not 1 <= N <= last:
+            raise ValueError(f"`num_inference_steps` must be an integer in 1..{last}, got {num_inference_steps!r}.")
         return [round(k * last / N) for k in range(N + 1)]
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None):
@@ -315,11 +314,11 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         """The rising indices of `nodes` for a number of evaluations, the one of AFS left out."""
         allowed, N = sorted(self._nodes), num_inference_steps
         N = (self.config.num_inference_steps or allowed[-1]) if N is None else N
-        if isinstance(N, bool) or not isinstance(N, int) or N not in allowed:
+        if to_integer(N) not in allowed:
             raise ValueError(
                 f"`num_inference_steps` must be one of {allowed}: this model was trained for no other, got {N!r}."
             )
-        nodes = self._nodes[N]
+        nodes = self._nodes[to_integer(N)]
         if self.config.analytical_first_step:
             alpha, sigma = (table[nodes[:2]].tolist() for table in (self.alpha, self.sigma))
             self.init_noise_sigma = self.config.data_std**2 * alpha[0] * alpha[1] / (1 + sigma[0]) + sigma[1]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from diffusers_rcfd.data.datasets import as_image_dataset
 from diffusers_rcfd.data.image_tensors import flip, shift_crop, to_model_range
 from diffusers_rcfd.hub.model_card import ClassifierRecord, write_classifier_card
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
@@ -36,6 +37,8 @@ class ClassifierTrainer(Trainer):
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
     ):
+        train_dataset = as_image_dataset(train_dataset)
+        eval_dataset = None if eval_dataset is None else as_image_dataset(eval_dataset, "eval_dataset")
         num_classes = train_dataset.num_classes
         if num_classes is None or num_classes > classifier.config.num_classes:
             raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from diffusers_rcfd.distillation.objectives import COMPARISONS, Objective, parse_terms
 from diffusers_rcfd.evaluation.config import METRICS
-from diffusers_rcfd.validation import is_count, is_number, option, require, require_count, require_kinds
+from diffusers_rcfd.validation import document_options, is_count, is_number, normalize, option, require, require_count
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
@@ -25,6 +25,7 @@ LR_SCHEDULERS = (
 )
 
 
+@document_options
 @dataclass
 class TrainingConfig:
     """What every trainer shares."""
@@ -32,7 +33,7 @@ class TrainingConfig:
     output_dir: str = option("output", "Folder for the models, checkpoints, samples and metrics.")
     overwrite_output_dir: bool = option(False, "Start anew in an `output_dir` that is not empty.")
     resume_from_checkpoint: str | None = option(
-        None, "'latest' (the beginning, where there is none) or the path of a checkpoint."
+        None, "'latest' (the beginning, where there is none), the path of a checkpoint or its name in `output_dir`."
     )
     max_train_steps: int = option(10_000, "Optimizer steps.")
     train_batch_size: int = option(128, "Images in a batch of one process.")
@@ -81,8 +82,13 @@ class TrainingConfig:
     )
 
     def __post_init__(self):
-        require_kinds(self)
+        normalize(self)
         self._ask_the_launcher()
+        require(not os.path.isfile(self.output_dir), "output_dir", self.output_dir, "a folder, not a file")
+        resume = self.resume_from_checkpoint
+        if resume not in (None, "latest") and not os.path.exists(resume):
+            inside = os.path.join(self.output_dir, resume)
+            self.resume_from_checkpoint = inside if os.path.isdir(inside) else resume
         positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_sample_images")
         for name in (*positive, "max_skipped_steps", "checkpoints_total_limit"):
             require(is_count(getattr(self, name), 1), name, getattr(self, name), "a positive integer")
@@ -120,6 +126,7 @@ class TrainingConfig:
             self.gradient_accumulation_steps = int(steps) if steps.isdecimal() else steps
 
 
+@document_options
 @dataclass
 class GeneratorConfig(TrainingConfig):
     """What the trainers of generators share."""
@@ -139,6 +146,7 @@ class GeneratorConfig(TrainingConfig):
         require(not best or self.eval_steps > 0, "load_best_model_at_end", best, "False where `eval_steps` is 0")
 
 
+@document_options
 @dataclass
 class DiffusionConfig(GeneratorConfig):
     """Base training, with the paper's appendix C.3 as defaults."""
@@ -162,6 +170,7 @@ class DiffusionConfig(GeneratorConfig):
         )
 
 
+@document_options
 @dataclass
 class ClassifierConfig(TrainingConfig):
     """Training of the classifier whose features are distilled."""
@@ -198,6 +207,7 @@ class ClassifierConfig(TrainingConfig):
         )
 
 
+@document_options
 @dataclass
 class DistillationConfig(GeneratorConfig):
     """What the distillers share: the loss between a student's image and the one it should be."""
@@ -226,20 +236,17 @@ class DistillationConfig(GeneratorConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(is_number(self.cfd_weight) and self.cfd_weight >= 0, "cfd_weight", self.cfd_weight, "at least 0")
-        comparisons = tuple(COMPARISONS)
-        require(self.distribution in comparisons, "distribution", self.distribution, f"one of {comparisons}")
-        require(self.spatial_loss in ("l1", "kl"), "spatial_loss", self.spatial_loss, "'l1' or 'kl'")
-        stages = self.feature_stages
-        listed = isinstance(stages, (list, tuple)) and len(stages) > 0
-        integers = listed and all(isinstance(stage, int) and not isinstance(stage, bool) for stage in stages)
-        require(stages is None or integers, "feature_stages", stages, "integers, one or more")
+        require(self.cfd_weight >= 0, "cfd_weight", self.cfd_weight, "at least 0")
+        for name, allowed in (
+            ("distribution", tuple(COMPARISONS)),
+            ("spatial_loss", ("l1", "kl")),
+            ("loss_weighting", WEIGHTINGS),
+        ):
+            require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
+        require(self.feature_stages != [], "feature_stages", self.feature_stages, "integers, one or more")
         spatial = self.distribution == "spatial"
         require(not (spatial and self.dual_temperature), "dual_temperature", True, "False with 'spatial'")
-        require(self.loss_weighting in WEIGHTINGS, "loss_weighting", self.loss_weighting, f"one of {WEIGHTINGS}")
         if self.terms is not None:
-            require(isinstance(self.terms, (list, tuple)), "terms", self.terms, "a list of name=weight")
-            self.terms = list(self.terms)
             parse_terms(self.terms)
 
     def check_temperature(self, tau: float) -> None:

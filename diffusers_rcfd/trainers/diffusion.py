@@ -44,7 +44,7 @@ class DiffusionTrainer(GeneratorTrainer):
         super().__init__(config, train_dataset, evaluator)
         pipeline = RCFDPipeline(unet, scheduler)
         self.unet, self.scheduler = pipeline.unet, pipeline.scheduler
-        check_images_fit(pipeline, train_dataset)
+        check_images_fit(pipeline, self.train_dataset)
 
     def made_by(self) -> dict[str, Any]:
         """Also by this network."""

@@ -135,18 +135,14 @@ def sample_grid(pipeline: RCFDPipeline, config, num_inference_steps: int | None 
 
 def check_images_fit(pipeline: RCFDPipeline, dataset: Dataset) -> None:
     """Raise a `ValueError` if the images or labels of a data set do not suit the network of a pipeline."""
-    shape, num_classes = getattr(dataset, "image_shape", None), getattr(dataset, "num_classes", None)
-    if shape is None:
-        first = next(iter(dataset))
-        shape, num_classes = tuple(first["images"].shape), None
-    if tuple(shape) != pipeline.image_shape:
+    if tuple(dataset.image_shape) != pipeline.image_shape:
         raise ValueError(
             f"`train_dataset` must hold images of shape (C, H, W) = {pipeline.image_shape}, as the network does, "
-            f"got {tuple(shape)}: set `resolution` and `channels`."
+            f"got {tuple(dataset.image_shape)}: set `resolution` and `channels`."
         )
     wanted = pipeline.num_classes
-    if wanted is not None and (num_classes is None or num_classes > wanted):
+    if wanted is not None and (dataset.num_classes is None or dataset.num_classes > wanted):
         raise ValueError(
             f"`train_dataset` must have class labels in 0..{wanted - 1} for `num_class_embeds`={wanted}, "
-            f"got {num_classes or 'no'} classes."
+            f"got {dataset.num_classes or 'no'} classes."
         )

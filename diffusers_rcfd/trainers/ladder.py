@@ -71,7 +71,7 @@ class CFDDistillationTrainer(DistillationTrainer):
         require(not scheduler.config.nodes, "teacher", scheduler.config.nodes, "on the uniform grid, without `nodes`")
         self.student = student
         self.rungs = config.rungs(scheduler.config.num_inference_steps, last_index=len(scheduler) - 1)
-        check_images_fit(self.teacher, train_dataset)
+        check_images_fit(self.teacher, self.train_dataset)
         check_student_fits(student, self.teacher)
         check_rungs(self.rungs, config, self.teacher.image_shape, classifier, lpips)
         self._architecture = architecture(student or self.teacher.unet)

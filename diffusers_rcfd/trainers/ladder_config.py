@@ -6,7 +6,7 @@ from typing import Any
 from diffusers_rcfd.distillation.objectives import OBJECTIVES, Weights, parse_terms
 from diffusers_rcfd.distillation.rungs import Rung
 from diffusers_rcfd.trainers.config import LR_SCHEDULERS, DistillationConfig
-from diffusers_rcfd.validation import is_count, is_number, option, require
+from diffusers_rcfd.validation import document_options, is_count, is_number, normalize, option, require
 
 # The options that take one value for each rung of a ladder.
 PER_RUNG = ("teacher_steps", "objective", "temperature", "regularization_weight", "entropy_ratio", "max_train_steps")
@@ -18,6 +18,7 @@ LOSS_PRESETS = {
 }
 
 
+@document_options
 @dataclass
 class CFDDistillationConfig(DistillationConfig):
     """A ladder of students, each the next one's teacher, with the paper's appendix C.4 as defaults.
@@ -56,16 +57,13 @@ class CFDDistillationConfig(DistillationConfig):
     lr_scheduler: str = option("cosine", f"Learning-rate schedule of Diffusers: one of {LR_SCHEDULERS}.")
 
     def __post_init__(self):
-        for name in PER_RUNG + ("student_steps",):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) and (value is not None or name in ("student_steps", "objective")):
-                setattr(self, name, [value])
+        normalize(self)
         super_check = self.max_train_steps
         self.max_train_steps = self.max_train_steps or [1]
         super().__post_init__()
         self.max_train_steps = super_check
 
-        steps = self.student_steps = list(self.student_steps)
+        steps = self.student_steps
         require(
             len(steps) > 0 and all(is_count(N, 1) for N in steps),
             "student_steps",

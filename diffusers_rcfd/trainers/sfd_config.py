@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from diffusers_rcfd.distillation.objectives import OBJECTIVES, Weights, parse_terms
 from diffusers_rcfd.schedulers.names import TEACHER_SOLVERS
 from diffusers_rcfd.trainers.config import LR_SCHEDULERS, DistillationConfig
-from diffusers_rcfd.validation import is_count, is_number, option, require
+from diffusers_rcfd.validation import document_options, is_count, is_number, option, require
 
 
+@document_options
 @dataclass
 class SFDDistillationConfig(DistillationConfig):
     """Simple and Fast Distillation, with the paper's CIFAR-10 settings as defaults (Zhou et al. 2024)."""
@@ -59,15 +60,12 @@ class SFDDistillationConfig(DistillationConfig):
     max_grad_norm: float = option(0.0, "Gradients are clipped to this norm; 0 does not clip.")
 
     def __post_init__(self):
-        for name in ("student_steps", "teacher_steps"):
-            if not isinstance(getattr(self, name), (list, tuple)):
-                setattr(self, name, [getattr(self, name)])
         super().__post_init__()
-        steps = self.student_steps = list(self.student_steps)
+        steps = self.student_steps
         counts = len(steps) > 0 and all(is_count(N, 1) for N in steps)
         different = counts and len(set(steps)) == len(steps)
         require(different, "student_steps", steps, "positive integers, one or more, all different")
-        K = self.teacher_steps = list(self.teacher_steps)
+        K = self.teacher_steps
         listed = len(K) in (1, len(steps)) and all(is_count(number, 1) for number in K)
         require(listed, "teacher_steps", K, f"one positive integer, or one for each of the {len(steps)} step counts")
         require(

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from diffusers_rcfd.data.datasets import as_image_dataset
 from diffusers_rcfd.hub.publishing import list_model_files, open_repository, publish_files, read_card
 from diffusers_rcfd.trainers.accelerators import build_accelerator, use_state_of
 from diffusers_rcfd.trainers.batches import derived_seed, endless_batches
@@ -86,6 +87,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig, train_dataset: Dataset | None):
+        train_dataset = None if train_dataset is None else as_image_dataset(train_dataset)
         self.config, self.train_dataset = config, train_dataset
         self.output_dir = Path(config.output_dir)
         self.accelerator = build_accelerator(config)
