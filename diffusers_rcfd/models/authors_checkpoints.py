@@ -17,11 +17,11 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
+from diffusers import UNet2DModel
 
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
+from diffusers_rcfd.models.state_dicts import check_tensors, get_tensor, load_tensors, shorten
 from diffusers_rcfd.models.unet_presets import build_unet
-from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.validation import require, require_count
 
@@ -88,8 +88,8 @@ def convert_unet(
     weights: str = "auto",
     num_inference_steps: int | None = None,
     prediction_type: str = "sample",
-) -> RCFDPipeline:
-    """The pipeline of a base model or of a PD, CFD or RCFD student.
+) -> tuple[UNet2DModel, RCFDScheduler]:
+    """The network and scheduler of a base model or of a PD, CFD or RCFD student.
 
     Widths, levels, blocks a level, attention and classes are those of the tensors; the image size is that of `x_T`.
 
@@ -109,7 +109,7 @@ def convert_unet(
         require_count("num_inference_steps", num_inference_steps, 1)
     state = _unet_weights(checkpoint, weights)
     T, time_scale = (_count(checkpoint, name) for name in ("T", "time_scale"))
-    table = _get(state, _TABLE)
+    table = get_tensor(state, _TABLE)
     _check_time_table(table, T, time_scale)
     x_T = checkpoint.get("x_T")
     if not isinstance(x_T, torch.Tensor) or x_T.ndim != 4:
@@ -120,20 +120,22 @@ def convert_unet(
     unet = build_unet(
         "cifar10",
         sample_size=height if height == width else (height, width),
-        in_channels=_get(state, "head.weight").shape[1],
-        out_channels=_get(state, "tail.2.weight").shape[0],
-        block_out_channels=tuple(_get(state, f"downblocks.{level[0]}.block1.2.weight").shape[0] for level in down),
+        in_channels=get_tensor(state, "head.weight").shape[1],
+        out_channels=get_tensor(state, "tail.2.weight").shape[0],
+        block_out_channels=tuple(
+            get_tensor(state, f"downblocks.{level[0]}.block1.2.weight").shape[0] for level in down
+        ),
         layers_per_block=len(down[0]),
         down_block_types=tuple(f"{_attention_prefix(state, 'downblocks', level)}DownBlock2D" for level in down),
         up_block_types=tuple(f"{_attention_prefix(state, 'upblocks', level)}UpBlock2D" for level in up),
-        num_class_embeds=_get(state, _LABEL_INPUT[0]).shape[1] if _LABEL_INPUT[0] in state else None,
+        num_class_embeds=get_tensor(state, _LABEL_INPUT[0]).shape[1] if _LABEL_INPUT[0] in state else None,
     )
     modules = _unet_modules(down, up)
-    _load(unet, _unet_tensors(state, modules), {ours: theirs for theirs, ours in modules.items()})
+    load_tensors(unet, _unet_tensors(state, modules), {ours: theirs for theirs, ours in modules.items()})
     if num_inference_steps is None and time_scale > 1:
         num_inference_steps = T
     scheduler = RCFDScheduler(len(table), prediction_type=prediction_type, num_inference_steps=num_inference_steps)
-    return RCFDPipeline(unet.eval(), scheduler)
+    return unet.eval(), scheduler
 
 
 def convert_classifier(
@@ -165,7 +167,7 @@ def convert_classifier(
         ValueError: for another network, naming the layers that are left over or missing.
     """
     state = next((checkpoint[key] for key in ("model", "net", "state_dict") if key in checkpoint), checkpoint)
-    state = _tensors(state, "model")
+    state = check_tensors(state, "model")
     if "layer1.0.conv1.weight" in state:
         backbone, config, names, first = *_resnet(state), _RESNET_NAMES, "conv1.weight"
     elif "features.conv0.weight" in state:
@@ -176,8 +178,8 @@ def convert_classifier(
             "first block; timm's has a norm and ReLU in between, so no weights make the two equal."
         )
     else:
-        raise ValueError(f"`checkpoint` must hold a ResNet or a DenseNet, got layers {_some(state)}.")
-    stem = _get(state, first)
+        raise ValueError(f"`checkpoint` must hold a ResNet or a DenseNet, got layers {shorten(state)}.")
+    stem = get_tensor(state, first)
     if stem.shape[-2:] != (3, 3):
         raise ValueError(
             f"`{first}` must be a 3x3 convolution, got {tuple(stem.shape)}: load a classifier of large images by its "
@@ -192,7 +194,9 @@ def convert_classifier(
         tensors[name] = (key, tensor)
     last = tensors.get("fc.weight") or tensors.get("classifier.weight")
     if last is None:
-        raise ValueError(f"`checkpoint` has no last layer: none of `fc`, `linear` and `classifier` in {_some(state)}.")
+        raise ValueError(
+            f"`checkpoint` has no last layer: none of `fc`, `linear` and `classifier` in {shorten(state)}."
+        )
     classifier = FeatureClassifier(
         backbone,
         num_classes=len(last[1]),
@@ -203,7 +207,7 @@ def convert_classifier(
         reference=reference,
         backbone_config=config,
     )
-    _load(classifier.network, tensors, theirs={})
+    load_tensors(classifier.network, tensors, theirs={})
     return classifier.eval()
 
 
@@ -212,8 +216,8 @@ def _unet_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, torch.T
     wanted = [name for name in WEIGHTS[1:] if weights in ("auto", name)]
     found = next((name for name in wanted if name in checkpoint), None)
     if found is None:
-        raise ValueError(f"`checkpoint` must have `{'` or `'.join(wanted)}`, got {_some(checkpoint)}.")
-    return _tensors(checkpoint[found], found)
+        raise ValueError(f"`checkpoint` must have `{'` or `'.join(wanted)}`, got {shorten(checkpoint)}.")
+    return check_tensors(checkpoint[found], found)
 
 
 def _check_time_table(table: torch.Tensor, T: int, time_scale: int) -> None:
@@ -277,7 +281,7 @@ def _unet_tensors(state: dict[str, torch.Tensor], modules: dict[str, str]) -> di
         tensors[f"{modules.get(module, module)}.{parameter}"] = (key, tensor)
     del tensors[_TABLE]
     if _LABEL_INPUT[0] in state:  # a linear layer on one-hot labels: the same as a table of its columns
-        (_, weight), (_, bias) = (tensors.pop(name, ("", _get(state, name))) for name in _LABEL_INPUT)
+        (_, weight), (_, bias) = (tensors.pop(name, ("", get_tensor(state, name))) for name in _LABEL_INPUT)
         tensors["class_embedding.weight"] = (_LABEL_INPUT[0], weight.T + bias)
     return tensors
 
@@ -287,7 +291,7 @@ def _resnet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | None]
     bottleneck = "layer1.0.conv3.weight" in state
     blocks = {match[0] for key in state if (match := re.match(r"layer\d+\.\d+", key))}
     layers = tuple(sum(block.startswith(f"layer{k}.") for block in blocks) for k in range(1, 5))
-    channels = tuple(_get(state, f"layer{k}.0.conv1.weight").shape[0] for k in range(1, 5))
+    channels = tuple(get_tensor(state, f"layer{k}.0.conv1.weight").shape[0] for k in range(1, 5))
     if not bottleneck and (layers, channels) == ((2, 2, 2, 2), (64, 128, 256, 512)):
         return "resnet18", None
     return "resnet50" if bottleneck else "resnet18", {"layers": list(layers), "channels": list(channels)}
@@ -296,7 +300,7 @@ def _resnet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | None]
 def _densenet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | None]:
     """timm name and further arguments of a DenseNet."""
     first = next((key for key in state if key.endswith("block1.denselayer1.conv2.weight")), "block1.denselayer1")
-    growth_rate, width = _get(state, first).shape[:2]
+    growth_rate, width = get_tensor(state, first).shape[:2]
     layers = {match[1] for key in state if (match := re.search(r"(block\d+\.denselayer\d+)\.", key))}
     blocks = [layer.split(".")[0] for layer in layers]
     block_config = [blocks.count(block) for block in sorted(set(blocks))]
@@ -305,51 +309,8 @@ def _densenet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | Non
     return "densenet121", {"growth_rate": growth_rate, "block_config": block_config, "bn_size": width // growth_rate}
 
 
-def _tensors(state: Any, name: str) -> dict[str, torch.Tensor]:
-    """The weights of a file, without the prefix that DataParallel gives every name."""
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"`{name}` of the checkpoint must be a dict of tensors, got {type(state).__name__}.")
-    if strange := [key for key, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
-        raise ValueError(f"`{name}` of the checkpoint must hold tensors only, got something else at {_some(strange)}.")
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
-def _get(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    if key not in state:
-        raise ValueError(f"`checkpoint` has no tensor {key!r}: it is incomplete or of another network.")
-    return state[key]
-
-
 def _count(checkpoint: dict[str, Any], name: str) -> int:
     value = checkpoint.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`checkpoint` must have an integer `{name}` of at least 1, got {value!r}.")
     return value
-
-
-def _load(model: nn.Module, tensors: dict[str, tuple[str, torch.Tensor]], theirs: dict[str, str]) -> None:
-    """Fill every weight of the model from its name -> (name in the file, tensor), with none left over.
-
-    `theirs` names modules as the file does, where it is known, for the message of the error.
-    """
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    counters = {name for name in expected if name.endswith("num_batches_tracked")}  # of no effect, absent in old files
-    missing = [name.rpartition(".") for name in sorted(expected.keys() - tensors.keys() - counters)]
-    problems = {
-        "not of this network": [key for name, (key, _) in tensors.items() if name not in expected],
-        "missing": [f"{theirs.get(module, module)}.{parameter}" for module, _, parameter in missing],
-        "of another shape": [
-            f"{key} {tuple(tensor.shape)} instead of {tuple(expected[name])}"
-            for name, (key, tensor) in tensors.items()
-            if name in expected and tensor.shape != expected[name]
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"`checkpoint` does not fit the {type(model).__name__} that its tensors describe. {text}.")
-    model.load_state_dict({name: tensor for name, (_, tensor) in tensors.items()}, strict=False)  # checked above
-
-
-def _some(names: Any, most: int = 8) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
