@@ -1,5 +1,7 @@
 """The embedding of the noise level as a learned table: one row for each index of a schedule."""
 
+import inspect
+
 import torch
 from diffusers import UNet2DModel
 
@@ -26,7 +28,8 @@ def tabulate_levels(unet: UNet2DModel, timesteps: torch.Tensor, **overrides) -> 
         table = _interpolate_rows(unet.time_proj.weight.cpu(), timesteps)
     else:
         raise ValueError(f"`unet` must have the `time_embedding_type` 'positional' or 'learned', got {kind!r}.")
-    options = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    arguments = inspect.signature(type(unet).__init__).parameters
+    options = {name: value for name, value in unet.config.items() if name in arguments}  # without those of an EMAModel
     options |= {"time_embedding_type": "learned", "num_train_timesteps": len(timesteps)}
     copied = type(unet)(**options | overrides)
     weights = unet.state_dict() | {"time_proj.weight": table}
@@ -34,7 +37,9 @@ def tabulate_levels(unet: UNet2DModel, timesteps: torch.Tensor, **overrides) -> 
     for name in ("conv_out.weight", "conv_out.bias"):
         weights[name] = weights[name][: len(expected[name])]  # without the channels of a variance
     copied.load_state_dict(weights)
-    return copied.to(unet.device, unet.dtype).train(unet.training)
+    if unet.dtype != copied.dtype:  # otherwise Diffusers would warn of the cast
+        copied.to(unet.dtype)
+    return copied.to(unet.device).train(unet.training)
 
 
 def _interpolate_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
