@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
 from diffusers_rcfd import RCFDPipeline
-from diffusers_rcfd.models.edm_checkpoints import convert_edm, read_edm_checkpoint
+from diffusers_rcfd.models.edm_checkpoints import build_edm_unet, convert_edm, read_edm_checkpoint
 from diffusers_rcfd.models.edm_unet import EDMUNet2DModel
 from tests.toys import GOLDEN, golden
 
@@ -80,6 +80,16 @@ def test_network_is_saved_copied_and_trained(name, numbers, tmp_path):
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("name", NAMES[:1])
+def test_pipeline_is_saved(name, numbers, tmp_path):
+    pipeline = RCFDPipeline(*convert_edm(*read(name)))
+    pipeline.save_pretrained(tmp_path)
+    again = RCFDPipeline.from_pretrained(tmp_path)
+    assert type(again.unet) is EDMUNet2DModel
+    options = {"num_inference_steps": 2, "latents": numbers[f"{name}_x"], "output_type": "pt"}
+    assert torch.equal(pipeline(4, **options).images, again(4, **options).images)
+
+
 def test_architecture_is_read_off_the_tensors():
     """A config is needed for nothing that shapes the network."""
     for name in NAMES:
@@ -88,6 +98,24 @@ def test_architecture_is_read_off_the_tensors():
         without, _ = convert_edm({key.removeprefix("model."): tensor for key, tensor in state.items()})
         assert dict(without.config) == dict(with_config.config)
         assert all(torch.equal(a, b) for a, b in zip(without.parameters(), with_config.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "kind, size, channels, multipliers, blocks, attention, classes, millions",
+    [
+        ("SongUNet", 32, 128, [2, 2, 2], 4, [16], 0, 55.7),
+        ("SongUNet", 64, 128, [1, 2, 2, 2], 4, [16], 0, 61.8),
+        ("DhariwalUNet", 64, 192, [1, 2, 3, 4], 3, [32, 16, 8], 1000, 295.9),
+    ],
+)
+def test_published_networks_have_their_size(kind, size, channels, multipliers, blocks, attention, classes, millions):
+    """Table 7 of Karras et al. 2022: CIFAR-10, FFHQ and AFHQ, ImageNet-64."""
+    architecture = {"model_type": kind, "img_resolution": size, "img_channels": 3, "model_channels": channels}
+    architecture |= {"channel_mult": multipliers, "channel_mult_emb": 4, "num_blocks": blocks}
+    with torch.device("meta"):
+        unet = build_edm_unet(architecture | {"attn_resolutions": attention, "label_dim": classes})
+    assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6, 1) == millions
+    assert (type(unet) is UNet2DModel) == (kind == "DhariwalUNet")
 
 
 # --- ADM, in channels enough for a plain UNet2DModel ------------------------------------------------------------
@@ -276,6 +304,10 @@ def test_tensors_that_do_not_fit_are_named(name, change, message):
         ({"channel_mult": [1, 1]}, r"`channel_mult` is \[1, 1\], they have \[1, 2\]"),
         ({"attn_resolutions": [16, 8]}, r"`attn_resolutions` is \[16, 8\], they have \[8\]"),
         ({"model_type": "DhariwalUNet"}, "`model_type` is 'DhariwalUNet', they have 'SongUNet'"),
+        (
+            {"class_name": "training.networks.VPPrecond"},
+            "`class_name` in `config` must be 'EDMPrecond', got 'VPPrecond'",
+        ),
         ({"embedding_type": "fourier"}, "`embedding_type` is 'fourier', they have 'positional'"),
     ],
 )
@@ -283,6 +315,7 @@ def test_config_that_contradicts_the_weights_is_refused(change, message):
     state, config = read("edm_ddpmpp")
     with pytest.raises(ValueError, match=message):
         convert_edm(state, config | change)
+    convert_edm(state, config | {"class_name": "training.networks.EDMPrecond", "attn_resolutions": [8, 4]})
 
 
 def test_only_tensors_are_read(tmp_path):

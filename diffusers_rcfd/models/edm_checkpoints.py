@@ -82,8 +82,8 @@ def convert_edm(
     Args:
         state (`dict`): name -> tensor, as `EDMPrecond.state_dict()` has them, or its `model`'s.
         config (`dict`, *optional*): arguments of the network as their code names them (`img_resolution`,
-            `channel_mult`, ...) and of `EDMPrecond` (`sigma_data`, ...). Where given, it has to agree with the
-            tensors.
+            `channel_mult`, ...) and of `EDMPrecond` (`sigma_data`, ...), and `class_name`, which must be `EDMPrecond`.
+            Where given, it has to agree with the tensors.
 
     Returns:
         the network in eval mode, which sees ln(sigma) / 4 as its timestep, and the scheduler.
@@ -98,7 +98,7 @@ def convert_edm(
     found = _read_architecture(state)
     _check_config(config, found)
     modules = _name_modules(found)
-    unet = _build(found, state)
+    unet = build_edm_unet(found)
     load_tensors(unet, _convert_tensors(state, modules, found), {ours: theirs for theirs, ours in modules.items()})
     scheduler = EDMEulerScheduler(  # with the levels of their sampler, which stays in the network's range
         sigma_min=max(SIGMA_MIN, config.get("sigma_min", 0)),
@@ -177,6 +177,11 @@ def _read_architecture(state: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def _check_config(config: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise a `ValueError` for a config that says something else than the tensors."""
+    kind = str(config.get("class_name", "EDMPrecond")).rpartition(".")[2]
+    if kind != "EDMPrecond":
+        raise ValueError(
+            f"`class_name` in `config` must be 'EDMPrecond', got {kind!r}: its preconditioning is another."
+        )
     sizes = [found["img_resolution"] >> level for level in range(len(found["channel_mult"]))]
     for name, value in config.items():
         if name == "attn_resolutions":  # may name resolutions that the network has not
@@ -224,8 +229,8 @@ def _embeds_class_first(found: dict[str, Any]) -> bool:
     return found["model_type"] == "SongUNet" and found["label_dim"] > 0
 
 
-def _build(found: dict[str, Any], state: dict[str, torch.Tensor]) -> UNet2DModel:
-    """A network of this architecture, not yet with its weights."""
+def build_edm_unet(found: dict[str, Any]) -> UNet2DModel:
+    """A randomly initialised network of an architecture that is given as their code names it (see `convert_edm`)."""
     song = found["model_type"] == "SongUNet"
     channels = found["model_channels"]
     sizes = [found["img_resolution"] >> level for level in range(len(found["channel_mult"]))]
@@ -255,8 +260,7 @@ def _build(found: dict[str, Any], state: dict[str, torch.Tensor]) -> UNet2DModel
             attend_last_layer_up=True,
             embed_class_first=_embeds_class_first(found),
         )
-    narrowest = min(len(tensor) for key, tensor in state.items() if re.search(r"norm\d?\.weight$", key))
-    if narrowest < 4 * 32:
+    if min(options["block_out_channels"]) < 4 * 32:  # fewer than 32 groups
         return EDMUNet2DModel(**options)
     return UNet2DModel(**options, downsample_type="resnet", upsample_type="resnet", attn_norm_num_groups=32)
 

@@ -1,6 +1,6 @@
 """A `UNet2DModel` with the parts that EDM's networks (Karras et al. 2022) have beyond it."""
 
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel  # noqa: F401, by ModelMixin in here Diffusers finds how to load
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
