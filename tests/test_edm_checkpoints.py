@@ -109,7 +109,7 @@ def test_architecture_is_read_off_the_tensors():
     ],
 )
 def test_published_networks_have_their_size(kind, size, channels, multipliers, blocks, attention, classes, millions):
-    """Table 7 of Karras et al. 2022: CIFAR-10, FFHQ and AFHQ, ImageNet-64."""
+    """In millions of parameters: CIFAR-10, FFHQ and AFHQ, ImageNet-64."""
     architecture = {"model_type": kind, "img_resolution": size, "img_channels": 3, "model_channels": channels}
     architecture |= {"channel_mult": multipliers, "channel_mult_emb": 4, "num_blocks": blocks}
     with torch.device("meta"):
