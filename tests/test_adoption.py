@@ -183,7 +183,8 @@ def test_variance_is_dropped_where_the_config_has_one():
         adopted, _ = adopt_unet(unet, config_of(DDPMScheduler(variance_type=kind)))
         assert adopted.config.out_channels == 1
         torch.testing.assert_close(adopted(NOISE, 0).sample, unet(NOISE, 0).sample[:, :1])
-    assert adopt_unet(unet, config_of(DDPMScheduler()))[0].config.out_channels == 2  # which RCFDPipeline refuses
+    with pytest.raises(ValueError, match="`unet` must have as many `out_channels` as .*, got 2 and 'fixed_small'"):
+        adopt_unet(unet, config_of(DDPMScheduler()))
 
 
 @pytest.mark.parametrize("kind", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
@@ -306,6 +307,8 @@ def test_teachers_that_no_map_describes(scheduler, message):
         adopt_unet(network(), config_of(scheduler))
 
 
-def test_fourier_embedding_is_refused():
+def test_network_whose_embedding_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="a `num_train_timesteps` of at least 1000, got 500"):
+        adopt_unet(network(time_embedding_type="learned", num_train_timesteps=500), config_of(DDPMScheduler()))
     with pytest.raises(ValueError, match="`time_embedding_type` 'positional' or 'learned', got 'fourier'"):
         adopt_unet(network(time_embedding_type="fourier"), config_of(DDPMScheduler()))

@@ -10,13 +10,23 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 
 from diffusers_rcfd.models.edm import NUM_ENTRIES, tabulate_edm
-from diffusers_rcfd.models.level_tables import tabulate_levels
+from diffusers_rcfd.models.level_tables import cut_output, tabulate_levels
 from diffusers_rcfd.schedulers.noise_schedules import cosine_betas
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 
 logger = logging.get_logger(__name__)
 
 LEARNED_VARIANCES = ("learned", "learned_range")
+# What is carried over from a scheduler with betas.
+KEPT = (
+    "prediction_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "data_std",
+)
 
 
 def needs_adoption(config: dict) -> str | None:
@@ -30,7 +40,7 @@ def needs_adoption(config: dict) -> str | None:
     """
     if is_flow(config):
         return "it predicts the velocity of flow matching"
-    if _is_continuous(config):
+    if is_continuous(config):
         return "its network takes ln(sigma) / 4 and not an index"
     scheduler = RCFDScheduler.from_config(config)
     if scheduler.config.prediction_type == "epsilon":
@@ -73,41 +83,49 @@ def adopt_unet(unet: UNet2DModel, config: dict) -> tuple[UNet2DModel, RCFDSchedu
             student, which has few steps of its own, or a network with another kind of embedding.
     """
     if is_flow(config):
-        scheduler = _cosine_scheduler(prediction_type="flow_prediction", clip_sample=False)
-        t = torch.sigmoid(-log_ratio(scheduler))  # nu = t / (1 - t)
-        return tabulate_levels(unet, config.get("num_train_timesteps", 1000) * t), scheduler
-    if _is_continuous(config):
-        data_std = config.get("sigma_data", 1.0)
-        scheduler = _cosine_scheduler(prediction_type="v_prediction", clip_sample=False, data_std=data_std)
-        sigmas = _within(config, torch.exp(-log_ratio(scheduler)))
-        if "sigma_data" in config:
-            return tabulate_edm(unet, config, sigmas), scheduler
-        return tabulate_levels(unet, sigmas.log() / 4), scheduler
+        return _adopt_flow(unet, config)
+    if is_continuous(config):
+        return _adopt_continuous(unet, config)
+    return _adopt_indexed(unet, config)
+
+
+def _adopt_flow(unet: UNet2DModel, config: dict) -> tuple[UNet2DModel, RCFDScheduler]:
+    scheduler = RCFDScheduler(NUM_ENTRIES, prediction_type="flow_prediction", clip_sample=False)
+    t = torch.sigmoid(-log_ratio(scheduler))  # nu = t / (1 - t)
+    return tabulate_levels(_drop_variance(unet, config), config.get("num_train_timesteps", 1000) * t), scheduler
+
+
+def _adopt_continuous(unet: UNet2DModel, config: dict) -> tuple[UNet2DModel, RCFDScheduler]:
+    data_std = config.get("sigma_data", 1.0)
+    scheduler = RCFDScheduler(NUM_ENTRIES, prediction_type="v_prediction", clip_sample=False, data_std=data_std)
+    sigmas = _clamp_to_range(torch.exp(-log_ratio(scheduler)), config)
+    if "sigma_data" in config:
+        return tabulate_edm(unet, config, sigmas), scheduler
+    return tabulate_levels(unet, sigmas.log() / 4), scheduler
+
+
+def _adopt_indexed(unet: UNet2DModel, config: dict) -> tuple[UNet2DModel, RCFDScheduler]:
     theirs = RCFDScheduler.from_config(config)
     made_for = theirs.config.nodes or theirs.config.num_inference_steps
     if made_for is not None:
         raise ValueError(f"`config` must be of a base model, got one of a student of {made_for} steps.")
-    kept = {name: value for name, value in theirs.config.items() if name in _KEPT}
-    scheduler = _cosine_scheduler(**kept)
+    scheduler = RCFDScheduler(NUM_ENTRIES, **{name: theirs.config[name] for name in KEPT})
     timesteps = find_index(log_ratio(theirs), log_ratio(scheduler))
     _warn_beyond(log_ratio(theirs)[-1], log_ratio(theirs)[0], log_ratio(scheduler))
-    drops = (
-        config.get("variance_type") in LEARNED_VARIANCES and unet.config.out_channels == 2 * unet.config.in_channels
-    )
-    overrides = {"out_channels": unet.config.in_channels} if drops else {}
-    return tabulate_levels(unet, timesteps, **overrides), scheduler
+    return tabulate_levels(_drop_variance(unet, config), timesteps), scheduler
 
 
-# What is carried over from a scheduler with betas.
-_KEPT = (
-    "prediction_type",
-    "clip_sample",
-    "clip_sample_range",
-    "thresholding",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "data_std",
-)
+def _drop_variance(unet: UNet2DModel, config: dict) -> UNet2DModel:
+    """The network without the variance that it predicts beside the mean, where its scheduler says that it does."""
+    channels, predicted = unet.config.in_channels, unet.config.out_channels
+    if predicted == channels:
+        return unet
+    if predicted != 2 * channels or config.get("variance_type") not in LEARNED_VARIANCES:
+        raise ValueError(
+            f"`unet` must have as many `out_channels` as `in_channels`={channels}, or twice as many where the "
+            f"scheduler has a learned `variance_type`, got {predicted} and {config.get('variance_type')!r}."
+        )
+    return cut_output(unet, channels)
 
 
 def is_flow(config: dict) -> bool:
@@ -117,14 +135,10 @@ def is_flow(config: dict) -> bool:
     return bool(config.get("use_flow_sigmas")) and config.get("prediction_type") == "flow_prediction"
 
 
-def _is_continuous(config: dict) -> bool:
+def is_continuous(config: dict) -> bool:
     """Whether a scheduler's network takes ln(sigma) / 4: EDM's, and Euler's with continuous timesteps."""
     continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
     return continuous or "sigma_data" in config
-
-
-def _cosine_scheduler(**options) -> RCFDScheduler:
-    return RCFDScheduler(NUM_ENTRIES, **options)
 
 
 def log_ratio(scheduler: RCFDScheduler) -> torch.Tensor:
@@ -161,7 +175,7 @@ def find_index(log_ratios: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return high - 1 + fraction
 
 
-def _within(config: dict, sigmas: torch.Tensor) -> torch.Tensor:
+def _clamp_to_range(sigmas: torch.Tensor, config: dict) -> torch.Tensor:
     """Noise levels within those of a scheduler with continuous timesteps."""
     low, high = config.get("sigma_min"), config.get("sigma_max")
     if low is None or high is None:
