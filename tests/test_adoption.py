@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMPipeline,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -23,7 +25,7 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import disable_propagation, enable_propagation
 
-from diffusers_rcfd import RCFDScheduler
+from diffusers_rcfd import RCFDPipeline, RCFDScheduler
 from diffusers_rcfd.models.adoption import adopt_unet, find_index, log_ratio, needs_adoption
 from diffusers_rcfd.models.edm import from_edm
 from diffusers_rcfd.schedulers.names import PREDICTION_TYPES
@@ -174,6 +176,18 @@ def test_weights_of_the_training_script(tmp_path):
     config = config_of(DDPMScheduler())
     ours, theirs = adopt_unet(loaded, config)[0], adopt_unet(unet, config)[0]
     assert torch.equal(ours(NOISE, 7).sample, theirs(NOISE, 7).sample)
+
+
+def test_plain_diffusers_samples_an_adopted_teacher(tmp_path):
+    theirs = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    ours = RCFDPipeline(*adopt_unet(network(), config_of(theirs)))
+    ours.scheduler.register_to_config(num_inference_steps=4)  # which gives the stock scheduler our grid
+    ours.save_pretrained(tmp_path)
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    options = {"batch_size": 2, "num_inference_steps": 4, "output_type": "np"}
+    expected = ours(**options, generator=torch.manual_seed(3)).images
+    images = stock(**options, generator=torch.manual_seed(3), use_clipped_model_output=True).images
+    assert type(stock) is DDIMPipeline and abs(images - expected).max() < 1e-5
 
 
 @torch.no_grad()
