@@ -1,7 +1,7 @@
 """The names of schedules, predictions, solvers and samplers that options take. Free of torch."""
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction", "flow_prediction")
 # Solvers of a trajectory, see `schedulers.trajectories`.
 TEACHER_SOLVERS = ("dpm-solver++", "euler", "heun")
 # Diffusers' samplers that a base model is compared under, see `pipelines.stock_samplers`.
