@@ -149,7 +149,7 @@ def assert_same_unet(unet, state, size=16, labels=None):
 def test_golden_student():
     checkpoint, numbers = read_checkpoint(CHECKPOINT), golden("official_small_io")
     x, t, y = numbers["x"], numbers["t"], numbers["y"]
-    pipeline = convert_unet(checkpoint)
+    pipeline = RCFDPipeline(*convert_unet(checkpoint))
     assert not pipeline.unet.training and pipeline.image_shape == (3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(pipeline.unet(x, t).sample, y, atol=1e-5, rtol=0)
@@ -160,7 +160,7 @@ def test_golden_student():
 def test_golden_sampling_takes_their_steps():
     checkpoint, schedule = read_checkpoint(CHECKPOINT), golden("schedule")
     T, time_scale, z = checkpoint["T"], checkpoint["time_scale"], checkpoint["x_T"]
-    pipeline = convert_unet(checkpoint)
+    pipeline = RCFDPipeline(*convert_unet(checkpoint))
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(latents=z, output_type="pt").images
     assert pipeline.scheduler.config.num_inference_steps == T == 4
@@ -175,7 +175,7 @@ def test_golden_sampling_takes_their_steps():
 
 def test_cifar10_network_has_every_key_matched():
     checkpoint = unet_checkpoint(T=1, size=32, ch=128, multipliers=(1, 2, 2, 2), attention=(1,), blocks=2)
-    unet = convert_unet(checkpoint).unet
+    unet, _ = convert_unet(checkpoint)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 35_746_307
     preset = build_unet("cifar10")
     assert {**unet.config, "_use_default_values": []} == {**preset.config, "_use_default_values": []}
@@ -193,7 +193,7 @@ def test_cifar10_network_has_every_key_matched():
 )
 def test_architecture_is_read_off_the_tensors(architecture):
     checkpoint = unet_checkpoint(**architecture)
-    unet = convert_unet(checkpoint).unet
+    unet, _ = convert_unet(checkpoint)
     levels = range(len(architecture["multipliers"]))
     attention = [block.startswith("Attn") for block in unet.config.down_block_types]
     assert attention == [level in architecture["attention"] for level in levels]
@@ -203,7 +203,7 @@ def test_architecture_is_read_off_the_tensors(architecture):
 
 def test_class_conditional_network():
     checkpoint = unet_checkpoint(classes=5)
-    unet = convert_unet(checkpoint).unet
+    unet, _ = convert_unet(checkpoint)
     assert unet.config.num_class_embeds == 5
     assert_same_unet(unet, checkpoint["net_model"], labels=torch.tensor([4, 1]))
 
@@ -214,22 +214,22 @@ def test_base_model_and_the_choice_of_weights():
     table = "time_embedding.timembedding.0.weight"
     checkpoint["ema_model"][table] = checkpoint["net_model"][table] + 2e-4  # what averaging leaves of it
     for weights, name in (("auto", "ema_model"), ("ema_model", "ema_model"), ("net_model", "net_model")):
-        pipeline = convert_unet(checkpoint, weights)
-        assert torch.equal(pipeline.unet.conv_in.weight, checkpoint[name]["head.weight"])
-        assert pipeline.scheduler.config.num_inference_steps is None
-        assert pipeline.scheduler.config.prediction_type == "sample"
-    pipeline = convert_unet(checkpoint, num_inference_steps=8, prediction_type="epsilon")
-    assert pipeline.scheduler.config.num_inference_steps == 8
-    assert pipeline.scheduler.config.prediction_type == "epsilon"
+        unet, scheduler = convert_unet(checkpoint, weights)
+        assert torch.equal(unet.conv_in.weight, checkpoint[name]["head.weight"])
+        assert scheduler.config.num_inference_steps is None
+        assert scheduler.config.prediction_type == "sample"
+    _, scheduler = convert_unet(checkpoint, num_inference_steps=8, prediction_type="epsilon")
+    assert scheduler.config.num_inference_steps == 8
+    assert scheduler.config.prediction_type == "epsilon"
     del checkpoint["ema_model"]
-    assert torch.equal(convert_unet(checkpoint).unet.conv_in.weight, checkpoint["net_model"]["head.weight"])
+    assert torch.equal(convert_unet(checkpoint)[0].conv_in.weight, checkpoint["net_model"]["head.weight"])
 
 
 def test_data_parallel_prefix():
     checkpoint = unet_checkpoint()
-    plain = convert_unet(checkpoint).unet.state_dict()
+    plain = convert_unet(checkpoint)[0].state_dict()
     checkpoint["net_model"] = {f"module.{key}": tensor for key, tensor in checkpoint["net_model"].items()}
-    prefixed = convert_unet(checkpoint).unet.state_dict()
+    prefixed = convert_unet(checkpoint)[0].state_dict()
     assert all(torch.equal(prefixed[key], tensor) for key, tensor in plain.items())
 
 

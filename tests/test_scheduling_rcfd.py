@@ -116,7 +116,8 @@ def test_step_and_its_inversion_give_back_where_they_began(N, prediction_type, x
     s, t = scheduler.grid(N)[k - 1 : k + 1]
     x0, eps = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (x0, eps))
     z_t, v = scheduler.add_noise(x0, eps, torch.tensor([t])), scheduler.get_velocity(x0, eps, torch.tensor([t]))
-    step = scheduler.step({"sample": x0, "epsilon": eps, "v_prediction": v}[prediction_type], t, z_t)
+    outputs = {"sample": x0, "epsilon": eps, "v_prediction": v, "flow_prediction": eps - x0}
+    step = scheduler.step(outputs[prediction_type], t, z_t)
     a, b = ddim_coefficients(scheduler.alpha[s], scheduler.sigma[s], scheduler.alpha[t], scheduler.sigma[t])
     torch.testing.assert_close(a * step.pred_original_sample + b * step.prev_sample, z_t, rtol=0, atol=1e-9)
 

@@ -72,9 +72,20 @@ class GeneratorRecord:
         return len(self.student_steps) != 1
 
     @property
+    def is_flow(self) -> bool:
+        """Whether the network predicts the velocity of flow matching, for which there is no stock DDIM."""
+        return self.prediction_type == "flow_prediction"
+
+    @property
     def is_stock_ddim(self) -> bool:
         """Whether a stock `DDIMPipeline`, which knows no classes, nodes and `data_std`, makes the same images."""
-        return not self.samples_nodes and not self.num_classes and self.data_std == 1 and self.on_stock_grid
+        return (
+            not self.samples_nodes
+            and not self.num_classes
+            and self.data_std == 1
+            and self.on_stock_grid
+            and not self.is_flow
+        )
 
 
 @dataclass

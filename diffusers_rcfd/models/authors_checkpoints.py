@@ -1,13 +1,13 @@
-"""The authors' checkpoints turned into an `RCFDPipeline` and a `FeatureClassifier`.
+"""The authors' checkpoints turned into a `UNet2DModel` with its `RCFDScheduler`, and a `FeatureClassifier`.
 
-Known, from their files and public code: a U-Net file is a dict of `net_model` (and, of a base model, `ema_model`), the
-noise `x_T` that its sample images start from, `T` and `time_scale`. `T` is the number of steps N that the network was
-made for, and its step k = 1..N is fed as the index t = k * time_scale, so that T * time_scale is 1024 and the table of
-time embeddings has 1025 rows. A base model has time_scale 1. A classifier file is a dict with `model`. Every number
-that shapes a network is read off its tensors.
+A U-Net file is a dict of `net_model` (and, of a base model, `ema_model`), the noise `x_T` that its sample images start
+from, `T` and `time_scale`, as their files and public code show. `T` is the number of steps N that the network was made
+for. Its step k = 1..N is fed as the index t = k * time_scale, so T * time_scale is 1024 and the table of time
+embeddings has 1025 rows. A base model has time_scale 1. A classifier file is a dict with `model`. Every number that
+shapes a network is read off its tensors.
 
-Not in a file, so taken from an argument or assumed: what the network predicts (x0 by default), the cosine schedule,
-the normalisation of the classifier's images, the strides of its convolutions and what it pools.
+A file does not say what the network predicts (x0 by default), the schedule (cosine), the normalisation of the
+classifier's images, the strides of its convolutions or what it pools: these are arguments or assumed.
 """
 
 import math
@@ -17,11 +17,11 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
+from diffusers import UNet2DModel
 
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
+from diffusers_rcfd.models.state_dicts import check_tensors, get_tensor, load_tensors, shorten
 from diffusers_rcfd.models.unet_presets import build_unet
-from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.validation import require, require_count
 
@@ -88,8 +88,8 @@ def convert_unet(
     weights: str = "auto",
     num_inference_steps: int | None = None,
     prediction_type: str = "sample",
-) -> RCFDPipeline:
-    """The pipeline of a base model or of a PD, CFD or RCFD student.
+) -> tuple[UNet2DModel, RCFDScheduler]:
+    """The network and scheduler of a base model or of a PD, CFD or RCFD student.
 
     Widths, levels, blocks a level, attention and classes are those of the tensors; the image size is that of `x_T`.
 
@@ -107,33 +107,35 @@ def convert_unet(
     """
     if num_inference_steps is not None:
         require_count("num_inference_steps", num_inference_steps, 1)
-    state = _unet_weights(checkpoint, weights)
-    T, time_scale = (_count(checkpoint, name) for name in ("T", "time_scale"))
-    table = _get(state, _TABLE)
+    state = _choose_weights(checkpoint, weights)
+    T, time_scale = (_read_count(checkpoint, name) for name in ("T", "time_scale"))
+    table = get_tensor(state, _TABLE)
     _check_time_table(table, T, time_scale)
     x_T = checkpoint.get("x_T")
     if not isinstance(x_T, torch.Tensor) or x_T.ndim != 4:
         raise ValueError("`checkpoint` must have a tensor `x_T` of shape (B, C, H, W), which tells the image size.")
 
-    down, up = _levels(state, "downblocks"), _levels(state, "upblocks")
+    down, up = _read_levels(state, "downblocks"), _read_levels(state, "upblocks")
     height, width = x_T.shape[-2:]
     unet = build_unet(
         "cifar10",
         sample_size=height if height == width else (height, width),
-        in_channels=_get(state, "head.weight").shape[1],
-        out_channels=_get(state, "tail.2.weight").shape[0],
-        block_out_channels=tuple(_get(state, f"downblocks.{level[0]}.block1.2.weight").shape[0] for level in down),
+        in_channels=get_tensor(state, "head.weight").shape[1],
+        out_channels=get_tensor(state, "tail.2.weight").shape[0],
+        block_out_channels=tuple(
+            get_tensor(state, f"downblocks.{level[0]}.block1.2.weight").shape[0] for level in down
+        ),
         layers_per_block=len(down[0]),
-        down_block_types=tuple(f"{_attention_prefix(state, 'downblocks', level)}DownBlock2D" for level in down),
-        up_block_types=tuple(f"{_attention_prefix(state, 'upblocks', level)}UpBlock2D" for level in up),
-        num_class_embeds=_get(state, _LABEL_INPUT[0]).shape[1] if _LABEL_INPUT[0] in state else None,
+        down_block_types=tuple(f"{_find_attention(state, 'downblocks', level)}DownBlock2D" for level in down),
+        up_block_types=tuple(f"{_find_attention(state, 'upblocks', level)}UpBlock2D" for level in up),
+        num_class_embeds=get_tensor(state, _LABEL_INPUT[0]).shape[1] if _LABEL_INPUT[0] in state else None,
     )
-    modules = _unet_modules(down, up)
-    _load(unet, _unet_tensors(state, modules), {ours: theirs for theirs, ours in modules.items()})
+    modules = _name_modules(down, up)
+    load_tensors(unet, _convert_tensors(state, modules), {ours: theirs for theirs, ours in modules.items()})
     if num_inference_steps is None and time_scale > 1:
         num_inference_steps = T
     scheduler = RCFDScheduler(len(table), prediction_type=prediction_type, num_inference_steps=num_inference_steps)
-    return RCFDPipeline(unet.eval(), scheduler)
+    return unet.eval(), scheduler
 
 
 def convert_classifier(
@@ -144,11 +146,11 @@ def convert_classifier(
 ) -> FeatureClassifier:
     """The classifier of a ResNet or DenseNet made for small images: first convolution 3x3, and no pooling after it.
 
-    Known: the layer names of the authors' ResNet and DenseNet files (those of torchvision but for the DenseNet's
-    blocks, its last norm and its last layer) and of kuangliu/pytorch-cifar's ResNets, each computing the same as
-    timm's. Not told by the tensors, and assumed: ReLU, the strides of the papers, no pooling after the first
-    convolution, an average over all positions before the last layer. Refused: pytorch-cifar's DenseNet (it has no norm
-    and ReLU after its first convolution, as timm's has), VGG and grouped or wide ResNets.
+    It takes the layer names of the authors' ResNet and DenseNet files (those of torchvision but for the DenseNet's
+    blocks, its last norm and its last layer) and of kuangliu/pytorch-cifar's ResNets. Each of these computes the same
+    as timm's. The tensors do not tell ReLU, the strides of the papers, that no pooling follows the first convolution,
+    and that the last layer takes an average over all positions: these are assumed. It refuses pytorch-cifar's DenseNet
+    (which has no norm and ReLU after its first convolution, as timm's has), VGG and grouped or wide ResNets.
 
     Args:
         checkpoint (`dict`): what `read_checkpoint` returned; the weights are its `model`, `net` or `state_dict`, or
@@ -165,19 +167,19 @@ def convert_classifier(
         ValueError: for another network, naming the layers that are left over or missing.
     """
     state = next((checkpoint[key] for key in ("model", "net", "state_dict") if key in checkpoint), checkpoint)
-    state = _tensors(state, "model")
+    state = check_tensors(state, "model")
     if "layer1.0.conv1.weight" in state:
-        backbone, config, names, first = *_resnet(state), _RESNET_NAMES, "conv1.weight"
+        backbone, config, names, first = *_describe_resnet(state), _RESNET_NAMES, "conv1.weight"
     elif "features.conv0.weight" in state:
-        backbone, config, names, first = *_densenet(state), _DENSENET_NAMES, "features.conv0.weight"
+        backbone, config, names, first = *_describe_densenet(state), _DENSENET_NAMES, "features.conv0.weight"
     elif "dense1.0.conv1.weight" in state:
         raise ValueError(
             "`checkpoint` holds pytorch-cifar's DenseNet, which goes from its first convolution straight into the "
             "first block; timm's has a norm and ReLU in between, so no weights make the two equal."
         )
     else:
-        raise ValueError(f"`checkpoint` must hold a ResNet or a DenseNet, got layers {_some(state)}.")
-    stem = _get(state, first)
+        raise ValueError(f"`checkpoint` must hold a ResNet or a DenseNet, got layers {shorten(state)}.")
+    stem = get_tensor(state, first)
     if stem.shape[-2:] != (3, 3):
         raise ValueError(
             f"`{first}` must be a 3x3 convolution, got {tuple(stem.shape)}: load a classifier of large images by its "
@@ -192,7 +194,9 @@ def convert_classifier(
         tensors[name] = (key, tensor)
     last = tensors.get("fc.weight") or tensors.get("classifier.weight")
     if last is None:
-        raise ValueError(f"`checkpoint` has no last layer: none of `fc`, `linear` and `classifier` in {_some(state)}.")
+        raise ValueError(
+            f"`checkpoint` has no last layer: none of `fc`, `linear` and `classifier` in {shorten(state)}."
+        )
     classifier = FeatureClassifier(
         backbone,
         num_classes=len(last[1]),
@@ -203,17 +207,17 @@ def convert_classifier(
         reference=reference,
         backbone_config=config,
     )
-    _load(classifier.network, tensors, theirs={})
+    load_tensors(classifier.network, tensors, theirs={})
     return classifier.eval()
 
 
-def _unet_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, torch.Tensor]:
+def _choose_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, torch.Tensor]:
     require(weights in WEIGHTS, "weights", weights, f"one of {WEIGHTS}")
     wanted = [name for name in WEIGHTS[1:] if weights in ("auto", name)]
     found = next((name for name in wanted if name in checkpoint), None)
     if found is None:
-        raise ValueError(f"`checkpoint` must have `{'` or `'.join(wanted)}`, got {_some(checkpoint)}.")
-    return _tensors(checkpoint[found], found)
+        raise ValueError(f"`checkpoint` must have `{'` or `'.join(wanted)}`, got {shorten(checkpoint)}.")
+    return check_tensors(checkpoint[found], found)
 
 
 def _check_time_table(table: torch.Tensor, T: int, time_scale: int) -> None:
@@ -229,7 +233,7 @@ def _check_time_table(table: torch.Tensor, T: int, time_scale: int) -> None:
         raise ValueError(f"`{_TABLE}` must hold the sinusoidal embedding that UNet2DModel computes, got another one.")
 
 
-def _levels(state: dict[str, torch.Tensor], path: str) -> list[list[int]]:
+def _read_levels(state: dict[str, torch.Tensor], path: str) -> list[list[int]]:
     """Indices of the residual blocks of each level in `"downblocks"` or `"upblocks"`: a resampler ends a level."""
     modules = {match.groups() for key in state if (match := re.match(rf"{path}\.(\d+)\.(\w+)", key))}
     levels: list[list[int]] = [[]]
@@ -243,11 +247,11 @@ def _levels(state: dict[str, torch.Tensor], path: str) -> list[list[int]]:
     return levels
 
 
-def _attention_prefix(state: dict[str, torch.Tensor], path: str, level: list[int]) -> str:
+def _find_attention(state: dict[str, torch.Tensor], path: str, level: list[int]) -> str:
     return "Attn" if any(key.startswith(f"{path}.{i}.attn.") for key in state for i in level) else ""
 
 
-def _unet_modules(down: list[list[int]], up: list[list[int]]) -> dict[str, str]:
+def _name_modules(down: list[list[int]], up: list[list[int]]) -> dict[str, str]:
     """Each module of their U-Net with its name in UNet2DModel."""
     modules = dict(_ENDS)
 
@@ -265,7 +269,7 @@ def _unet_modules(down: list[list[int]], up: list[list[int]]) -> dict[str, str]:
     return modules
 
 
-def _unet_tensors(state: dict[str, torch.Tensor], modules: dict[str, str]) -> dict[str, tuple[str, torch.Tensor]]:
+def _convert_tensors(state: dict[str, torch.Tensor], modules: dict[str, str]) -> dict[str, tuple[str, torch.Tensor]]:
     """Name in UNet2DModel -> (name in the file, tensor); names that UNet2DModel has not stay as they are."""
     tensors = {}
     for key, tensor in state.items():
@@ -277,26 +281,26 @@ def _unet_tensors(state: dict[str, torch.Tensor], modules: dict[str, str]) -> di
         tensors[f"{modules.get(module, module)}.{parameter}"] = (key, tensor)
     del tensors[_TABLE]
     if _LABEL_INPUT[0] in state:  # a linear layer on one-hot labels: the same as a table of its columns
-        (_, weight), (_, bias) = (tensors.pop(name, ("", _get(state, name))) for name in _LABEL_INPUT)
+        (_, weight), (_, bias) = (tensors.pop(name, ("", get_tensor(state, name))) for name in _LABEL_INPUT)
         tensors["class_embedding.weight"] = (_LABEL_INPUT[0], weight.T + bias)
     return tensors
 
 
-def _resnet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | None]:
+def _describe_resnet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | None]:
     """timm name and further arguments of a ResNet."""
     bottleneck = "layer1.0.conv3.weight" in state
     blocks = {match[0] for key in state if (match := re.match(r"layer\d+\.\d+", key))}
     layers = tuple(sum(block.startswith(f"layer{k}.") for block in blocks) for k in range(1, 5))
-    channels = tuple(_get(state, f"layer{k}.0.conv1.weight").shape[0] for k in range(1, 5))
+    channels = tuple(get_tensor(state, f"layer{k}.0.conv1.weight").shape[0] for k in range(1, 5))
     if not bottleneck and (layers, channels) == ((2, 2, 2, 2), (64, 128, 256, 512)):
         return "resnet18", None
     return "resnet50" if bottleneck else "resnet18", {"layers": list(layers), "channels": list(channels)}
 
 
-def _densenet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | None]:
+def _describe_densenet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | None]:
     """timm name and further arguments of a DenseNet."""
     first = next((key for key in state if key.endswith("block1.denselayer1.conv2.weight")), "block1.denselayer1")
-    growth_rate, width = _get(state, first).shape[:2]
+    growth_rate, width = get_tensor(state, first).shape[:2]
     layers = {match[1] for key in state if (match := re.search(r"(block\d+\.denselayer\d+)\.", key))}
     blocks = [layer.split(".")[0] for layer in layers]
     block_config = [blocks.count(block) for block in sorted(set(blocks))]
@@ -305,51 +309,8 @@ def _densenet(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any] | Non
     return "densenet121", {"growth_rate": growth_rate, "block_config": block_config, "bn_size": width // growth_rate}
 
 
-def _tensors(state: Any, name: str) -> dict[str, torch.Tensor]:
-    """The weights of a file, without the prefix that DataParallel gives every name."""
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"`{name}` of the checkpoint must be a dict of tensors, got {type(state).__name__}.")
-    if strange := [key for key, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
-        raise ValueError(f"`{name}` of the checkpoint must hold tensors only, got something else at {_some(strange)}.")
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
-def _get(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    if key not in state:
-        raise ValueError(f"`checkpoint` has no tensor {key!r}: it is incomplete or of another network.")
-    return state[key]
-
-
-def _count(checkpoint: dict[str, Any], name: str) -> int:
+def _read_count(checkpoint: dict[str, Any], name: str) -> int:
     value = checkpoint.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`checkpoint` must have an integer `{name}` of at least 1, got {value!r}.")
     return value
-
-
-def _load(model: nn.Module, tensors: dict[str, tuple[str, torch.Tensor]], theirs: dict[str, str]) -> None:
-    """Fill every weight of the model from its name -> (name in the file, tensor), with none left over.
-
-    `theirs` names modules as the file does, where it is known, for the message of the error.
-    """
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    counters = {name for name in expected if name.endswith("num_batches_tracked")}  # of no effect, absent in old files
-    missing = [name.rpartition(".") for name in sorted(expected.keys() - tensors.keys() - counters)]
-    problems = {
-        "not of this network": [key for name, (key, _) in tensors.items() if name not in expected],
-        "missing": [f"{theirs.get(module, module)}.{parameter}" for module, _, parameter in missing],
-        "of another shape": [
-            f"{key} {tuple(tensor.shape)} instead of {tuple(expected[name])}"
-            for name, (key, tensor) in tensors.items()
-            if name in expected and tensor.shape != expected[name]
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"`checkpoint` does not fit the {type(model).__name__} that its tensors describe. {text}.")
-    model.load_state_dict({name: tensor for name, (_, tensor) in tensors.items()}, strict=False)  # checked above
-
-
-def _some(names: Any, most: int = 8) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -35,6 +35,6 @@ def _with_embedding(unet: UNet2DModel, table: torch.Tensor | None) -> UNet2DMode
     for name, value in unet.state_dict().items():
         if not name.startswith("class_embedding"):
             weights[name] = value.clone()
-    copied = UNet2DModel.from_config(config)
+    copied = type(unet).from_config(config)
     copied.load_state_dict(weights, assign=True)  # with their device and type
     return copied

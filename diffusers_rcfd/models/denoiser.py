@@ -113,8 +113,9 @@ class Denoiser:
             labels (`torch.Tensor`, *optional*): classes (B,) of a class-conditional network.
         """
         rows = self.embedding_rows(labels, z)
+        z_in = self.scheduler.scale_model_input(z, t)
         with self.autocast():
-            output = self._call(self.network, z if self.dtype is None else z.to(self.dtype), t, rows)
+            output = self._call(self.network, z_in if self.dtype is None else z_in.to(self.dtype), t, rows)
         return output.to(torch.promote_types(z.dtype, torch.float32))
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import torch
 from diffusers import UNet2DModel
 
+from diffusers_rcfd.models.level_tables import tabulate_levels
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 
 NUM_ENTRIES = 1025
@@ -18,7 +19,6 @@ def edm_sigmas(config: dict, n: int = NUM_ENTRIES) -> torch.Tensor:
     return torch.linspace(low ** (1 / rho), high ** (1 / rho), n, dtype=torch.float64) ** rho
 
 
-@torch.no_grad()
 def from_edm(unet: UNet2DModel, config: dict) -> tuple[UNet2DModel, RCFDScheduler]:
     """The network and schedule of an EDM pipeline in our terms, with equal predictions at every noise level.
 
@@ -37,14 +37,6 @@ def from_edm(unet: UNet2DModel, config: dict) -> tuple[UNet2DModel, RCFDSchedule
     Raises:
         ValueError: for another kind of time embedding or prediction.
     """
-    if unet.config.time_embedding_type != "positional":
-        raise ValueError(
-            f"`unet` of an EDM pipeline must have `time_embedding_type='positional'`, which takes ln(sigma) / 4, got "
-            f"{unet.config.time_embedding_type!r}."
-        )
-    predicts = config["prediction_type"]
-    if predicts not in ("epsilon", "v_prediction"):
-        raise ValueError(f"`prediction_type` of EDM must be 'epsilon' or 'v_prediction', got {predicts!r}.")
     sigmas = edm_sigmas(config)
     alphas_cumprod = 1 / (1 + (sigmas / config["sigma_data"]) ** 2)
     ratios = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
@@ -55,14 +47,26 @@ def from_edm(unet: UNet2DModel, config: dict) -> tuple[UNet2DModel, RCFDSchedule
         clip_sample=False,
         data_std=config["sigma_data"],
     )
-    options = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    options |= {"time_embedding_type": "learned", "num_train_timesteps": NUM_ENTRIES}
-    converted = UNet2DModel(**options)
-    table = unet.time_proj((sigmas.log() / 4).float())
-    converted.load_state_dict(unet.state_dict() | {"time_proj.weight": table})
+    return tabulate_edm(unet, config, sigmas), scheduler
+
+
+@torch.no_grad()
+def tabulate_edm(unet: UNet2DModel, config: dict, sigmas: torch.Tensor) -> UNet2DModel:
+    """EDM's network as one that predicts v at the indices of its noise levels `sigmas` (n,); see `from_edm`.
+
+    Raises:
+        ValueError: for another kind of time embedding or prediction.
+    """
+    if unet.config.time_embedding_type != "positional":
+        raise ValueError(
+            f"`unet` of an EDM pipeline must have `time_embedding_type='positional'`, which takes ln(sigma) / 4, got "
+            f"{unet.config.time_embedding_type!r}."
+        )
+    predicts = config["prediction_type"]
+    if predicts not in ("epsilon", "v_prediction"):
+        raise ValueError(f"`prediction_type` of EDM must be 'epsilon' or 'v_prediction', got {predicts!r}.")
+    converted = tabulate_levels(unet, sigmas.log() / 4)
     if predicts == "epsilon":
         converted.conv_out.weight.neg_()
         converted.conv_out.bias.neg_()
-    if unet.dtype != converted.dtype:
-        converted.to(unet.dtype)
-    return converted.to(unet.device).train(unet.training), scheduler
+    return converted

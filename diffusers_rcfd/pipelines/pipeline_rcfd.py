@@ -40,7 +40,7 @@ class RCFDPipeline(DiffusionPipeline):
         unet (`UNet2DModel`): the network, unconditional or class-conditional. Where the scheduler has several lists of
             `nodes`, one table of class embeddings holds all classes for the first list, all for the second, and so on.
         scheduler (`RCFDScheduler`): or any scheduler with betas (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), which is
-            turned into one; or EDM's, which is with its network.
+            turned into one; or EDM's or flow matching's, which are turned into one with their network.
 
     Raises:
         TypeError: for a network of another kind, such as the `UNet2DConditionModel` of a text-to-image pipeline.
@@ -54,10 +54,12 @@ class RCFDPipeline(DiffusionPipeline):
         super().__init__()
         network = unwrap(unet)
         check_network(network.config)
-        if type(scheduler).__name__.startswith("EDM"):
+        if takes_no_index(scheduler):
+            from diffusers_rcfd.models.adoption import adopt_unet
             from diffusers_rcfd.models.edm import from_edm
 
-            unet, scheduler = from_edm(network, scheduler.config)
+            config = {"_class_name": type(scheduler).__name__, **scheduler.config}
+            unet, scheduler = (from_edm if "sigma_data" in config else adopt_unet)(network, config)
         scheduler = to_rcfd_scheduler(scheduler)
         embeddings, counts = unet.config.num_class_embeds, len(scheduler.trained_steps)
         if counts > 1 and (not embeddings or embeddings % counts):
@@ -328,6 +330,13 @@ def check_network(config) -> None:
         raise ValueError(
             f"`unet` must take class labels by `num_class_embeds`, got `class_embed_type`={config.class_embed_type!r}."
         )
+
+
+def takes_no_index(scheduler) -> bool:
+    """Whether a scheduler gives its network something else than the index of a noise level: EDM's, flow matching's."""
+    config = getattr(scheduler, "config", {})
+    named = type(scheduler).__name__.startswith(("EDM", "FlowMatch"))
+    return named or bool(config.get("use_flow_sigmas")) or config.get("timestep_type") == "continuous"
 
 
 def to_rcfd_scheduler(scheduler) -> RCFDScheduler:

@@ -15,7 +15,7 @@ from diffusers import (
 
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.schedulers.names import STOCK_SAMPLERS
-from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler, eps_from_x0, x0_from_eps, x0_from_v
+from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler, eps_from_x0
 from diffusers_rcfd.validation import require
 
 # Name -> the scheduler, what it is called in tables, and the options in which it differs from its own defaults.
@@ -124,24 +124,16 @@ class StockSamplerPipeline(RCFDPipeline):
         """
         stock = self.stock_scheduler(num_inference_steps)
         denoiser, x, class_labels = self._begin(batch_size, generator, class_labels, latents, output_type)
-        x = x * stock.init_noise_sigma
+        x, data_std = x * stock.init_noise_sigma, self.scheduler.config.data_std
         for t in self.progress_bar(stock.timesteps):
             index = int(t)
             z = stock.scale_model_input(x, t)
-            output = denoiser.predict(z, torch.tensor(index, device=z.device), class_labels)
-            x0 = self._predicted_x0(output, z, index)
+            x0 = self.scheduler.clip(denoiser(z, torch.tensor(index, device=z.device), class_labels)) / data_std
             prediction = x0
             if stock.config.prediction_type == "epsilon":
                 prediction = eps_from_x0(x0, z, *self._unit_level(index))
             x = stock.step(prediction, t, x, return_dict=False)[0]
-        return self._finish(x * self.scheduler.config.data_std, output_type, return_dict)
-
-    def _predicted_x0(self, output: torch.Tensor, z: torch.Tensor, index: int) -> torch.Tensor:
-        """The clipped x0, in units of `data_std`, as the stock scheduler's alpha^2 + sigma^2 = 1 wants it."""
-        predicts, data_std = self.scheduler.config.prediction_type, self.scheduler.config.data_std
-        convert = {"epsilon": x0_from_eps, "v_prediction": x0_from_v}.get(predicts)
-        x0 = output / data_std if convert is None else convert(output, z, *self._unit_level(index))
-        return self.scheduler.clip(x0 * data_std) / data_std
+        return self._finish(x * data_std, output_type, return_dict)
 
     def _unit_level(self, index: int) -> tuple[float, float]:
         """alpha and sigma of an entry of the schedule, with alpha^2 + sigma^2 = 1."""

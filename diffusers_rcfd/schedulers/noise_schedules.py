@@ -68,6 +68,38 @@ def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
+def prediction_coefficients(alpha, sigma, prediction_type: str, data_std: float = 1.0) -> tuple:
+    """(c_in, c_z, c_out) of x0 = c_z z_t + c_out F(c_in z_t): what a network F sees and what it predicts.
+
+    | `prediction_type` | F predicts | c_in | c_z | c_out |
+    |---|---|---|---|---|
+    | `sample` | x0 | 1 | 0 | 1 |
+    | `epsilon` | eps | 1 | 1 / alpha | -sigma / alpha |
+    | `v_prediction` | alpha eps - sigma x0 | 1 | alpha | -sigma |
+    | `flow_prediction` | eps - x0 | 1 / (alpha + sigma) | 1 / (alpha + sigma) | -sigma / (alpha + sigma) |
+
+    A flow network sees (1 - t) x0 + t eps, which is z_t / (alpha + sigma) at t = sigma / (alpha + sigma).
+
+    Args:
+        alpha, sigma (`float` or `torch.Tensor`): factors of image and noise in z_t.
+        prediction_type (`str`): one of the four above.
+        data_std (`float`, defaults to 1.0): for `v_prediction`, as in `RCFDScheduler`.
+    """
+    one, zero = alpha * 0 + 1, alpha * 0
+    if prediction_type == "sample":
+        return one, zero, one
+    if prediction_type == "epsilon":
+        return one, 1 / alpha, -sigma / alpha
+    if prediction_type == "v_prediction":
+        return one, data_std**2 * alpha, -data_std * sigma
+    if prediction_type == "flow_prediction":
+        total = alpha + sigma
+        return 1 / total, 1 / total, -sigma / total
+    raise ValueError(
+        f"`prediction_type` must be sample, epsilon, v_prediction or flow_prediction, got {prediction_type!r}."
+    )
+
+
 def nodes_by_count(
     nodes: list[list[int]] | None, analytical_first_step: bool, num_train_timesteps: int
 ) -> dict[int, list[int]]:
@@ -102,19 +134,23 @@ def check_has_betas(config: dict) -> None:
     Our networks see z_t = alpha_t x0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1, and its index t. Euler, Heun and their
     like scale their sample to this z_t before the network sees it; EDM's networks see something else.
     """
-    name = config.get("_class_name", "this scheduler")
+    name = config.get("_class_name") or "this scheduler"
     why = None
     if "sigma_data" in config:
         why = (
             f"its network is preconditioned with `sigma_data`={config['sigma_data']} (Karras et al. 2022): give the "
             "whole pipeline of an EDM scheduler to RCFDPipeline, which converts both"
         )
+    elif name.startswith("FlowMatch"):
+        why = "it has no betas: flow matching has to be adopted first"
+    elif name.startswith(("ScoreSdeVe", "KarrasVe")):
+        why = "it has no betas: its network sees x0 + sigma eps unscaled, and sigma itself in place of an index"
     elif config and "beta_schedule" not in config:
         why = "it has no betas"
     elif config.get("use_flow_sigmas"):
-        why = "`use_flow_sigmas=True` is flow matching"
+        why = "`use_flow_sigmas=True` is flow matching, which has to be adopted first"
     elif config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
-        why = "`timestep_type='continuous'` gives its network log(sigma) / 4, not the index of a noise level"
+        why = "`timestep_type='continuous'` gives its network log(sigma) / 4: it has to be adopted first"
     if why is not None:
         raise ValueError(
             f"`scheduler` must have betas and integer timesteps, as those of DDPM, DDIM, PNDM, DPM-Solver, UniPC, "

@@ -14,6 +14,7 @@ from diffusers.utils import logging
 from diffusers_rcfd.schedulers.noise_schedules import (
     check_has_betas,
     nodes_by_count,
+    prediction_coefficients,
     schedule_betas,
     zero_terminal_snr,
 )
@@ -21,7 +22,7 @@ from diffusers_rcfd.validation import is_number, require_count, to_integer
 
 logger = logging.get_logger(__name__)
 
-PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction", "flow_prediction")
 
 
 def x0_from_eps(eps, z_t, alpha, sigma):
@@ -81,8 +82,8 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`): `"linear"`, `"scaled_linear"`, `"sigmoid"` or
             `"squaredcos_cap_v2"` (cosine, betas clipped at 0.999).
         trained_betas (`list[float]`, *optional*): n betas in (0, 1) that replace the named schedule.
-        prediction_type (`str`, defaults to `"sample"`): what the network predicts: `"sample"` (x0), `"epsilon"`
-            or `"v_prediction"`.
+        prediction_type (`str`, defaults to `"sample"`): what the network predicts: `"sample"` (x0), `"epsilon"`,
+            `"v_prediction"` or `"flow_prediction"` (eps - x0, from z_t / (alpha + sigma): see `scale_model_input`).
         clip_sample (`bool`, defaults to `True`): clip the predicted x0 when sampling.
         clip_sample_range (`float`, defaults to 1.0): bound of that clip.
         thresholding (`bool`, defaults to `False`): `dynamic_threshold` in place of that clip.
@@ -206,6 +207,11 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
             steps_offset=n - 1 - (N - 1) * (n // N),
             set_alpha_to_one=False,
         )
+        if self.config.prediction_type == "flow_prediction":
+            logger.warning(
+                "Plain Diffusers has no DDIM for a network that predicts a flow, and refuses to sample: load this "
+                "model as an RCFDPipeline or with `custom_pipeline`."
+            )
         # The underscore keeps stock `from_pretrained` from warning of a key that it does not know.
         scheduler.register_to_config(_num_inference_steps=self.config.num_inference_steps)
         if self.config.data_std != 1:
@@ -334,18 +340,18 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
     def _step_coefficients(self, t: int, s: int) -> tuple[float, float, float, float]:
         """(c_z, c_out, a, b) of x0 = c_z z_t + c_out network and z_s = a x0 + b z_t, as Python floats."""
         alpha, sigma, data_std = self.alpha[t].item(), self.sigma[t].item(), self.config.data_std
-        c_z, c_out = {
-            "sample": (0.0, 1.0),
-            "epsilon": (1 / max(alpha, 1e-300), -sigma / max(alpha, 1e-300)),
-            "v_prediction": (data_std**2 * alpha, -data_std * sigma),
-        }[self.config.prediction_type]
+        predicts = self.config.prediction_type
+        _, c_z, c_out = prediction_coefficients(max(alpha, 1e-300), sigma, predicts, data_std)
         return c_z, c_out, *ddim_coefficients(alpha, sigma, self.alpha[s].item(), self.sigma[s].item())
 
     # --- sampling ---------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
-        """Return `sample` unchanged; here for interchange with other schedulers."""
-        return sample
+        """What a network sees at index `timestep`, one or (B,): `sample` z_t itself, scaled for a flow network."""
+        if self.config.prediction_type != "flow_prediction":
+            return sample
+        alpha, sigma = self.alpha_sigma(torch.as_tensor(timestep).reshape(-1), sample)
+        return (sample / (alpha + sigma)).to(sample.dtype)
 
     def clip(self, x0: torch.Tensor) -> torch.Tensor:
         """The predicted x0 (B, C, H, W) clipped as the config says, for sampling."""
@@ -463,6 +469,8 @@ class RCFDScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = self.alpha_sigma(t, z_t)
         if self.config.prediction_type == "epsilon":
             return x0_from_eps(model_output, z_t, alpha, sigma)
+        if self.config.prediction_type == "flow_prediction":
+            return (z_t - sigma * model_output) / (alpha + sigma)
         return x0_from_v(model_output, z_t, alpha, sigma, self.config.data_std)
 
     def __len__(self) -> int:
