@@ -1,6 +1,5 @@
-"""`examples/ablate.py` on a real grid of tiny runs."""
+"""`rcfd ablate` on a real grid of tiny runs."""
 
-import importlib
 import json
 import shutil
 import statistics
@@ -12,11 +11,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from diffusers_rcfd.cli import ablate as script
 from tests.toys import tiny_classifier, tiny_teacher
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-GRIDS = sorted((EXAMPLES / "configs/ablations").glob("*.yaml"))
+GRIDS = sorted(script.GRIDS.glob("*.yaml"))
 
 
 def ablate(*args):
@@ -24,12 +24,6 @@ def ablate(*args):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("ablate")
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +77,14 @@ def test_grid_runs_resumes_and_reports(grid):
     assert (folder / "features-seed0/comparison.json").stat().st_mtime_ns == before
 
 
-def test_mistakes_are_found_before_the_first_run(grid, script, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_found_before_the_first_run(grid, tmp_path, capsys):
     content = yaml.safe_load(grid.read_text()) | {"output_dir": str(tmp_path / "out")}
     path = tmp_path / "grid.yaml"
 
     def refusal(*args, grid=path, **changes):
         path.write_text(yaml.safe_dump(content | changes))
-        monkeypatch.setattr(sys, "argv", ["ablate.py", str(grid), *args])
         with pytest.raises(SystemExit) as error:
-            script.main()
+            script.main([str(grid), *args])
         assert error.value.code not in (0, None) and not (tmp_path / "out").exists()
         return f"{error.value.code}\n{capsys.readouterr().err}"
 
@@ -99,17 +92,34 @@ def test_mistakes_are_found_before_the_first_run(grid, script, tmp_path, monkeyp
     assert "`variables` must give place=VALUE for this grid" in refusal()
     assert "`temperature` must be in (0, 1], got 2" in refusal(*given, runs={"PD": {"temperature": 2}})
     assert "--tau" in refusal(*given, runs={"PD": {"tau": 1}})
-    assert "`script` must be an example" in refusal(*given, prepare=[{"script": "x", "done": "y", "output_dir": "z"}])
+    job = {"command": "sfd", "done": "y", "output_dir": "z"}
+    assert "`command` must be one of ('distill', 'sfd'" in refusal(*given, prepare=[job | {"command": "x"}])
+    assert "`script` must be one of ('distill', 'sfd'" in refusal(*given, prepare=[{"script": "x", "done": "y"}])
+    assert "`done` must be given for each job" in refusal(*given, prepare=[{"command": "sfd", "output_dir": "z"}])
     assert "`runs` must be given in the grid" in refusal(*given, runs={})
     assert "sections of" in refusal(*given, rums={})
     assert "`grid` must be a YAML file or one of" in refusal(grid="lossses")
+    assert "`figure` must be an option that is one number" in refusal(*given, figure={"x": "objective"})
+
+
+@pytest.mark.parametrize("section", ["output_dir", "seeds", "prepare", "options", "runs", "figure", 1, True, None])
+@pytest.mark.parametrize("value", [None, True, 3, 0.5, "no", [], [None], [3], {}, {None: None}, {1: {2: 3}}])
+def test_no_key_or_value_of_a_grid_crashes(grid, tmp_path, section, value):
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(grid.read_text()) | {section: value}))
+    try:
+        jobs = list(script.plan_jobs(content := script.read_grid(script.Ablation(str(path))), script.Ablation()))
+    except ValueError as error:
+        assert "`" in str(error)
+    else:
+        assert len(jobs) == len(content["seeds"]) * (len(content["runs"]) + len(content["prepare"]))
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_grids_of_the_paper_hold_only_known_options(path, script):
+def test_grids_of_the_paper_hold_only_known_options(path):
     ablation = script.Ablation(grid=path.stem, variables=["data_dir=somewhere"])
     grid = script.read_grid(ablation)
-    jobs = list(script.planned_jobs(grid, ablation))
+    jobs = list(script.plan_jobs(grid, ablation))
     assert len(jobs) == len(grid["seeds"]) * (len(grid["runs"]) + len(grid["prepare"]))
-    for name, args, _ in jobs:
-        script.load_script(name).read_options(args)
+    for job in jobs:
+        script.COMMANDS[job.command].read_options(job.args)

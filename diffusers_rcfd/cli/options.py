@@ -56,14 +56,14 @@ class Group(NamedTuple):
     without: tuple[str, ...] = ()
     subjects: dict[str, tuple[str, ...]] = types.MappingProxyType({})
 
-    def options(self) -> dict[str, dataclasses.Field]:
-        """The fields that are options, by the name of the option."""
-        fields = dataclasses.fields(self.cls)
-        return {self.prefix + field.name: field for field in fields if field.init and field.name not in self.without}
-
-    def kind(self, field: dataclasses.Field) -> Any:
-        """The type of a field."""
-        return typing.get_type_hints(self.cls)[field.name]
+    def options(self) -> dict[str, tuple[dataclasses.Field, Any]]:
+        """The fields that are options, with their types, by the name of the option."""
+        kinds = typing.get_type_hints(self.cls)
+        return {
+            self.prefix + field.name: (field, kinds[field.name])
+            for field in dataclasses.fields(self.cls)
+            if field.init and field.name not in self.without
+        }
 
     def heading(self, field: dataclasses.Field) -> str:
         """The heading of a field in `--help`."""
@@ -159,8 +159,8 @@ def _make_forms(
     forms[top]["config"] = (str | None, option(default_recipe, config_help))
     places = {}
     for group in groups:
-        for name, field in group.options().items():
-            places[name] = (group.heading(field), _copy_field(field, group.kind(field)))
+        for name, (field, kind) in group.options().items():
+            places[name] = (group.heading(field), _copy_field(field, kind))
     for name in sorted(places, key=lambda name: first.index(name) if name in first else len(first)):
         heading, form_field = places[name]
         forms[top if name in first else heading][name] = form_field
@@ -196,7 +196,7 @@ def _split_kind(kind: Any) -> tuple[Any, bool, bool]:
 def _fill(group: Group, values: dict[str, Any]) -> Any:
     """The dataclass of a group, checked, from the values of all options."""
     try:
-        return group.cls(**{field.name: values[name] for name, field in group.options().items()})
+        return group.cls(**{field.name: values[name] for name, (field, _) in group.options().items()})
     except ValueError as error:
         raise ValueError(f"{group.prefix}*: {error}" if group.prefix else str(error)) from error
 
@@ -268,14 +268,14 @@ def _read_recipe(path: Path | None, groups: tuple[Group, ...]) -> dict[str, Any]
     given: dict[str, Any] = {}
     for key, value in (read_yaml(path, "--config") if path else {}).items():
         given |= {f"{key}_{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
-    known = {name: (group.kind(field), field) for group in groups for name, field in group.options().items()}
+    known = {name: each for group in groups for name, each in group.options().items()}
     for name in given:
         if name not in known:
             raise ValueError(f"`{name}` in recipe {str(path)!r} is not an option{_suggest(str(name), known)}")
     return {name: _read_value(name, value, *known[name]) for name, value in given.items()}
 
 
-def _read_value(name: str, value: Any, kind: Any, field: dataclasses.Field) -> Any:
+def _read_value(name: str, value: Any, field: dataclasses.Field, kind: Any) -> Any:
     """A value of a recipe in the type of its option."""
     kind, listed, optional = _split_kind(kind)
     if value is None:
