@@ -11,15 +11,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffusers_rcfd.cli import ablate as script
+from diffusers_rcfd.cli import ablate
+from diffusers_rcfd.cli.grids import COMMANDS, GRIDS, plan_jobs, read_grid
 from tests.toys import tiny_classifier, tiny_teacher
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-GRIDS = sorted(script.GRIDS.glob("*.yaml"))
 
 
-def ablate(*args):
+def run_ablate(*args):
     command = [sys.executable, str(EXAMPLES / "ablate.py"), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def grid(tmp_path_factory):
 
 def test_grid_runs_resumes_and_reports(grid):
     place = f"place={grid.parent}"
-    done = ablate(grid, "--variables", place)
+    done = run_ablate(grid, "--variables", place)
     folder = grid.parent / "grid"
     results = json.loads((folder / "results.json").read_text())
     assert list(results) == ["PD", "features", "features 1"] and list(results["PD"]) == ["2", "1"]
@@ -71,7 +71,7 @@ def test_grid_runs_resumes_and_reports(grid):
     # One run is missing: it alone is done again, and nothing changes.
     before = (folder / "features-seed0/comparison.json").stat().st_mtime_ns
     shutil.rmtree(folder / "features-1-seed1")
-    done = ablate("--grid", grid, "--variables", place)
+    done = run_ablate("--grid", grid, "--variables", place)
     assert "[1 of 1]" in done.stdout and "features-1-seed1" in done.stdout
     assert json.loads((folder / "results.json").read_text())["features 1"]["1"]["fd"] == pytest.approx(values)
     assert (folder / "features-seed0/comparison.json").stat().st_mtime_ns == before
@@ -84,7 +84,7 @@ def test_mistakes_are_found_before_the_first_run(grid, tmp_path, capsys):
     def refusal(*args, grid=path, **changes):
         path.write_text(yaml.safe_dump(content | changes))
         with pytest.raises(SystemExit) as error:
-            script.main([str(grid), *args])
+            ablate.main([str(grid), *args])
         assert error.value.code not in (0, None) and not (tmp_path / "out").exists()
         return f"{error.value.code}\n{capsys.readouterr().err}"
 
@@ -96,6 +96,8 @@ def test_mistakes_are_found_before_the_first_run(grid, tmp_path, capsys):
     assert "`command` must be one of ('distill', 'sfd'" in refusal(*given, prepare=[job | {"command": "x"}])
     assert "`script` must be one of ('distill', 'sfd'" in refusal(*given, prepare=[{"script": "x", "done": "y"}])
     assert "`done` must be given for each job" in refusal(*given, prepare=[{"command": "sfd", "output_dir": "z"}])
+    assert "`done` must be given for each job" in refusal(*given, prepare=[job | {"done": ["y"]}])
+    assert "`command` must be one of" in refusal(*given, prepare=[job | {"command": ["sfd"]}])
     assert "`runs` must be given in the grid" in refusal(*given, runs={})
     assert "sections of" in refusal(*given, rums={})
     assert "`grid` must be a YAML file or one of" in refusal(grid="lossses")
@@ -103,23 +105,23 @@ def test_mistakes_are_found_before_the_first_run(grid, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("section", ["output_dir", "seeds", "prepare", "options", "runs", "figure", 1, True, None])
-@pytest.mark.parametrize("value", [None, True, 3, 0.5, "no", [], [None], [3], {}, {None: None}, {1: {2: 3}}])
-def test_no_key_or_value_of_a_grid_crashes(grid, tmp_path, section, value):
-    path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(grid.read_text()) | {section: value}))
-    try:
-        jobs = list(script.plan_jobs(content := script.read_grid(script.Ablation(str(path))), script.Ablation()))
-    except ValueError as error:
-        assert "`" in str(error)
-    else:
-        assert len(jobs) == len(content["seeds"]) * (len(content["runs"]) + len(content["prepare"]))
+def test_no_key_or_value_of_a_grid_crashes(grid, tmp_path, section):
+    content, path = yaml.safe_load(grid.read_text()), tmp_path / "grid.yaml"
+    for value in (None, True, 3, 0.5, "no", [], [None], [3], {}, {None: None}, {1: {2: 3}}):
+        path.write_text(yaml.safe_dump(content | {section: value}))
+        try:
+            read = read_grid(str(path))
+            jobs = list(plan_jobs(read, {"place": "somewhere"}))
+        except ValueError as error:
+            assert "`" in str(error)
+        else:
+            assert len(jobs) == len(read["seeds"]) * (len(read["runs"]) + len(read["prepare"]))
 
 
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_grids_of_the_paper_hold_only_known_options(path):
-    ablation = script.Ablation(grid=path.stem, variables=["data_dir=somewhere"])
-    grid = script.read_grid(ablation)
-    jobs = list(script.plan_jobs(grid, ablation))
+    grid = read_grid(path.stem)
+    jobs = list(plan_jobs(grid, {"data_dir": "somewhere"}))
     assert len(jobs) == len(grid["seeds"]) * (len(grid["runs"]) + len(grid["prepare"]))
     for job in jobs:
-        script.COMMANDS[job.command].read_options(job.args)
+        COMMANDS[job.command].read_options(job.args)
