@@ -63,7 +63,7 @@ def test_module_and_console_script_run_the_same_function():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_needs_no_heavy_library_and_its_examples_can_be_pasted(command, capsys, tmp_path, monkeypatch):
+def test_examples_of_the_help_can_be_pasted(command, capsys, tmp_path, monkeypatch):
     page = page_of(command, capsys)
     assert load_command(command).__doc__.strip() in page  # with its line breaks
     examples = list(examples_in(page))

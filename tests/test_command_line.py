@@ -173,6 +173,13 @@ def test_a_recipe_s_value_means_what_it_means_on_the_command_line(tmp_path, text
     assert got == value and type(got) is type(value)
 
 
+def test_a_list_of_pairs_may_be_written_as_a_section(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("texts: {image: 1, feature_kl: 5e-1}")
+    (kinds,) = parse_options(Group(Kinds, "kinds"), command="test", args=["--config", str(path)])
+    assert kinds.texts == ["image=1", "feature_kl=5e-1"]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -182,7 +189,9 @@ def test_a_recipe_s_value_means_what_it_means_on_the_command_line(tmp_path, text
         ("random_flip: maybe", "`random_flip` must be true or false, got 'maybe'"),
         ("dataset: null", "`dataset` must be given, got None"),
         ("dataset: [a, b]", "`dataset` must be text, got list"),
-        ("temperature: {a: 1}", "`temperature_a` in recipe .* is not an option; near"),
+        ("temperature: {a: 1}", "`temperature` must be a number, got 'a=1'"),
+        ("dataset: {a: 1}", "`dataset` must be text, got dict"),
+        ("objective: {a: {b: 1}}", "`objective` must be text, got dict"),
         ("base: {1: 2}", "`base_1` in recipe .* is not an option"),
         ("dataset: " + "[" * 3000, "is not YAML"),
         ("a: &a [x, x]\nb: &b [*a, *a]\ndataset: [*b, *b]", "`a` in recipe .* is not an option"),

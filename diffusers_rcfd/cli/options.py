@@ -265,10 +265,11 @@ def read_yaml(path: Path, name: str) -> dict:
 
 def _read_recipe(path: Path | None, groups: tuple[Group, ...]) -> dict[str, Any]:
     """The options of a recipe, its sections flattened to prefixes, its text read as the types of the options."""
+    known = {name: each for group in groups for name, each in group.options().items()}
     given: dict[str, Any] = {}
     for key, value in (read_yaml(path, "--config") if path else {}).items():
-        given |= {f"{key}_{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
-    known = {name: each for group in groups for name, each in group.options().items()}
+        section = isinstance(value, dict) and key not in known
+        given |= {f"{key}_{name}": part for name, part in value.items()} if section else {key: value}
     for name in given:
         if name not in known:
             raise ValueError(f"`{name}` in recipe {str(path)!r} is not an option{_suggest(str(name), known)}")
@@ -281,6 +282,8 @@ def _read_value(name: str, value: Any, field: dataclasses.Field, kind: Any) -> A
     if value is None:
         require(optional, name, None, "given")
         return None
+    if listed and isinstance(value, dict):  # as `terms: {image: 1}` for `--terms image=1`
+        value = [f"{key}={_read_part(name, part, str)}" for key, part in value.items()]
     if listed:
         return [_read_part(name, part, kind) for part in (value if isinstance(value, list) else [value])]
     if field.default == "no" and str(value).lower() in NO:  # `off`, too, is a "no" where that is a choice
