@@ -190,7 +190,7 @@ def test_a_list_of_pairs_may_be_written_as_a_section(tmp_path):
         ("dataset: null", "`dataset` must be given, got None"),
         ("dataset: [a, b]", "`dataset` must be text, got list"),
         ("temperature: {a: 1}", "`temperature` must be a number, got 'a=1'"),
-        ("dataset: {a: 1}", "`dataset` must be text, got dict"),
+        ("dataset: {a: 1}", "`dataset_a` in recipe .* is not an option"),
         ("objective: {a: {b: 1}}", "`objective` must be text, got dict"),
         ("base: {1: 2}", "`base_1` in recipe .* is not an option"),
         ("dataset: " + "[" * 3000, "is not YAML"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from diffusers_rcfd.validation import option, require
+from diffusers_rcfd.validation import require
 
 RECIPES = Path(__file__).parent / "recipes"
 FIRST = "options to begin with"
@@ -36,7 +36,7 @@ TRAINING = {
 YES = ("yes", "y", "true", "t", "on", "1")
 NO = ("no", "n", "false", "f", "off", "0")
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+METAVARS = {int: "N", float: "X", str: "TEXT"}  # of a truth value: true|false
 
 
 class Group(NamedTuple):
@@ -77,6 +77,9 @@ class PageFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         action = copy(action)
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
         return super()._format_action_invocation(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return METAVARS.get(action.type, "true|false")
 
     def _get_help_string(self, action):
         if action.const is False:  # the --no_NAME beside each option that is on
@@ -156,11 +159,12 @@ def _make_forms(
     groups = sorted(groups, key=lambda group: group.prefix != "")
     headings = [title for group in groups for title in (group.title, *group.subjects)]
     forms = {heading: {} for heading in (top, *headings)}
-    forms[top]["config"] = (str | None, option(default_recipe, config_help))
+    metadata = {"help": config_help, "metavar": "RECIPE"}
+    forms[top]["config"] = (str | None, dataclasses.field(default=default_recipe, metadata=metadata))
     places = {}
     for group in groups:
         for name, (field, kind) in group.options().items():
-            places[name] = (group.heading(field), _copy_field(field, kind))
+            places[name] = (group.heading(field), (kind, _copy_field(field)))
     for name in sorted(places, key=lambda name: first.index(name) if name in first else len(first)):
         heading, form_field = places[name]
         forms[top if name in first else heading][name] = form_field
@@ -176,17 +180,17 @@ def _make_forms(
     ]
 
 
-def _copy_field(field: dataclasses.Field, kind: Any) -> tuple[Any, dataclasses.Field]:
-    """The type and a copy of a field, which tells `argparse` what to call its value."""
+def _copy_field(field: dataclasses.Field) -> dataclasses.Field:
+    """A field with the default and the help of another."""
     default = {"default": field.default, "default_factory": field.default_factory}
     default = {key: value for key, value in default.items() if value is not dataclasses.MISSING}
-    metavar = METAVARS.get(_split_kind(kind)[0])
-    return kind, dataclasses.field(metadata=field.metadata | ({"metavar": metavar} if metavar else {}), **default)
+    return dataclasses.field(metadata=field.metadata, **default)
 
 
 def _split_kind(kind: Any) -> tuple[Any, bool, bool]:
     """(type of a single value, whether it is a list of them, whether it may be None) of a field's type."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(kind) if union else (kind,)
     optional = types.NoneType in kinds
     kind = next(each for each in kinds if each is not types.NoneType)
     listed = typing.get_origin(kind) is list
@@ -268,7 +272,8 @@ def _read_recipe(path: Path | None, groups: tuple[Group, ...]) -> dict[str, Any]
     known = {name: each for group in groups for name, each in group.options().items()}
     given: dict[str, Any] = {}
     for key, value in (read_yaml(path, "--config") if path else {}).items():
-        section = isinstance(value, dict) and key not in known
+        pairs = key in known and _split_kind(known[key][1])[1]  # a list, which may be written as pairs
+        section = isinstance(value, dict) and not pairs
         given |= {f"{key}_{name}": part for name, part in value.items()} if section else {key: value}
     for name in given:
         if name not in known:
@@ -292,7 +297,9 @@ def _read_value(name: str, value: Any, field: dataclasses.Field, kind: Any) -> A
 
 
 def _read_part(name: str, value: Any, kind: type) -> Any:
-    """A single value, or one of a list, from its text."""
+    """A single value, or one of a list, from its text; `argparse` reads that of other kinds."""
+    if kind not in KINDS:
+        return value
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"`{name}` must be {KINDS[kind]}, got {type(value).__name__}.")
     text = str(value)
