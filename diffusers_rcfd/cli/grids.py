@@ -81,7 +81,7 @@ def check_options(options: dict, section: str) -> dict:
     require(isinstance(options, dict), section, options, "`option: value` lines")
     for name, value in options.items():
         parts = value if isinstance(value, list) else [value]
-        text = all(isinstance(part, (str, int, float)) for part in parts)
+        text = all(isinstance(part, str) for part in parts)
         require(text, str(name), value, f"text, a number or a list of them in the grid's {section!r}")
     return options
 

@@ -225,6 +225,10 @@ class RecipeLoader(yaml.SafeLoader):
     }
 
 
+for _tag in ("bool", "int", "float", "timestamp", "binary"):  # also where a file asks for them: `!!int 3`
+    RecipeLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_yaml_str)
+
+
 def _describe_recipes(recipes: Path | None) -> str:
     known = _known_recipes(recipes)
     return f"Recipe: a YAML file, or one of {known}." if known else "Recipe: a YAML file of these options."
@@ -291,7 +295,9 @@ def _read_value(name: str, value: Any, field: dataclasses.Field, kind: Any) -> A
         value = [f"{key}={_read_part(name, part, str)}" for key, part in value.items()]
     if listed:
         return [_read_part(name, part, kind) for part in (value if isinstance(value, list) else [value])]
-    if field.default == "no" and str(value).lower() in NO:  # `off`, too, is a "no" where that is a choice
+    if (
+        field.default == "no" and isinstance(value, str) and value.lower() in NO
+    ):  # `off`, too, is a "no" where that is a choice
         return "no"
     return _read_part(name, value, kind)
 
@@ -300,13 +306,12 @@ def _read_part(name: str, value: Any, kind: type) -> Any:
     """A single value, or one of a list, from its text; `argparse` reads that of other kinds."""
     if kind not in KINDS:
         return value
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, str):
         raise ValueError(f"`{name}` must be {KINDS[kind]}, got {type(value).__name__}.")
-    text = str(value)
     if kind is bool:
-        require(text.lower() in YES + NO, name, text, KINDS[bool])
-        return text.lower() in YES
+        require(value.lower() in YES + NO, name, value, KINDS[bool])
+        return value.lower() in YES
     try:
-        return kind(text)
+        return kind(value)
     except ValueError:
-        raise ValueError(f"`{name}` must be {KINDS[kind]}, got {text!r}.") from None
+        raise ValueError(f"`{name}` must be {KINDS[kind]}, got {value!r}.") from None
