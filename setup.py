@@ -62,7 +62,8 @@ setup(
     license_files=["LICENSE"],
     keywords=["diffusion", "distillation", "diffusers", "few-step sampling", "image generation"],
     packages=find_packages(include=["diffusers_rcfd", "diffusers_rcfd.*"]),
-    package_data={"diffusers_rcfd": ["py.typed", "hub/*.md", "data/*.parquet", "data/README.md"]},
+    include_package_data=True,  # all that MANIFEST.in grafts: recipes, the digits, templates, py.typed
+    entry_points={"console_scripts": ["rcfd = diffusers_rcfd.__main__:main"]},
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require={

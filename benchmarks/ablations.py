@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py --data_dir FOLDER_OF_FASHION_MNISTS_IDX_FILES
 
-runs the grids of examples/configs/ablations one after another, about an hour on two quiet cores; a run that is done is
+runs the grids of `rcfd ablate` one after another, about an hour on two quiet cores; a run that is done is
 not done again. The folder is for the classifier that never saw a digit. `--grids losses temperature` runs these alone;
 the page shows those that have been run.
 """

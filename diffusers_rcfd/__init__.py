@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 # Each public name and the module that defines it.
 _MODULE_OF = {
+    "AdoptionConfig": "trainers.adoption_config",
+    "AdoptionTrainer": "trainers.adoption",
     "CFDDistillationConfig": "trainers.ladder_config",
     "CFDDistillationTrainer": "trainers.ladder",
     "ClassifierConfig": "trainers.config",
@@ -26,7 +28,9 @@ _MODULE_OF = {
     "SFDDistillationConfig": "trainers.sfd_config",
     "SFDDistillationTrainer": "trainers.sfd",
     "UNET_PRESETS": "models.unet_presets",
+    "adopt": "pipelines.adoption",
     "build_unet": "models.unet_presets",
+    "convert_edm": "models.edm_checkpoints",
     "load_feature_classifier": "models.feature_classifier",
     "load_image_data": "data.image_data",
     "to_onnx_runtime": "pipelines.onnx_runtime",
@@ -40,13 +44,17 @@ if TYPE_CHECKING:
     from diffusers_rcfd.data.image_data import load_image_data as load_image_data
     from diffusers_rcfd.evaluation.evaluator import EvaluationResult as EvaluationResult
     from diffusers_rcfd.evaluation.evaluator import Evaluator as Evaluator
+    from diffusers_rcfd.models.edm_checkpoints import convert_edm as convert_edm
     from diffusers_rcfd.models.feature_classifier import FeatureClassifier as FeatureClassifier
     from diffusers_rcfd.models.feature_classifier import load_feature_classifier as load_feature_classifier
     from diffusers_rcfd.models.unet_presets import UNET_PRESETS as UNET_PRESETS
     from diffusers_rcfd.models.unet_presets import build_unet as build_unet
+    from diffusers_rcfd.pipelines.adoption import adopt as adopt
     from diffusers_rcfd.pipelines.onnx_runtime import to_onnx_runtime as to_onnx_runtime
     from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline as RCFDPipeline
     from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler as RCFDScheduler
+    from diffusers_rcfd.trainers.adoption import AdoptionTrainer as AdoptionTrainer
+    from diffusers_rcfd.trainers.adoption_config import AdoptionConfig as AdoptionConfig
     from diffusers_rcfd.trainers.classifier import ClassifierTrainer as ClassifierTrainer
     from diffusers_rcfd.trainers.config import ClassifierConfig as ClassifierConfig
     from diffusers_rcfd.trainers.config import DiffusionConfig as DiffusionConfig

@@ -1,69 +1,13 @@
-"""Convert a checkpoint of the authors' code (base model, PD or RCFD student, classifier) to this package's format.
+r"""Convert a checkpoint of the authors' code (base model, PD or RCFD student, classifier) to this package's format.
 
     python examples/convert_checkpoint.py --checkpoint logs/CIFAR10/4/ckpt.pt --output runs/authors/4-step
     python examples/convert_checkpoint.py --kind classifier --checkpoint classifier/result/cifar10/resnet18/ckpt.pt \
         --output runs/authors/resnet18
+
+The same as `rcfd convert`.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from diffusers_rcfd.cli.options import parse_options
-from diffusers_rcfd.validation import option, require, require_count
-
-
-@dataclass
-class Conversion:
-    """What to convert, and where to."""
-
-    checkpoint: str = field(metadata={"help": "The .pt file; read with weights_only=True."})
-    output: str = field(metadata={"help": "New folder of the pipeline or the classifier."})
-    kind: str = option("unet", "'unet' (a pipeline is written) or 'classifier' (a FeatureClassifier).")
-    weights: str = option("auto", "U-Net: 'ema_model', 'net_model' or 'auto', the first of them that there is.")
-    num_inference_steps: int | None = option(None, "U-Net: steps to store; unset: the file's, none for a base model.")
-    prediction_type: str = option("sample", "U-Net: what it predicts, 'sample' (x0) or 'epsilon'.")
-    reference: bool = option(False, "Classifier: feed [-1, 1] as the authors' distillation does, not normalised.")
-
-    def __post_init__(self):
-        require(self.kind in ("unet", "classifier"), "kind", self.kind, "'unet' or 'classifier'")
-        weights, predictions = ("auto", "ema_model", "net_model"), ("sample", "epsilon")
-        require(self.weights in weights, "weights", self.weights, f"one of {weights}")
-        require(self.prediction_type in predictions, "prediction_type", self.prediction_type, f"one of {predictions}")
-        if self.num_inference_steps is not None:
-            require_count("num_inference_steps", self.num_inference_steps, 1)
-        if self.kind == "unet":
-            require(not self.reference, "reference", self.reference, "unset for a U-Net")
-        else:
-            options = (self.weights, self.num_inference_steps, self.prediction_type)
-            allowed = "unset for a classifier, with `num_inference_steps` and `prediction_type`"
-            require(options == ("auto", None, "sample"), "weights", options, allowed)
-        require(Path(self.checkpoint).is_file(), "checkpoint", self.checkpoint, "a file")
-        target = Path(self.output)
-        empty = target.is_dir() and not any(target.iterdir())
-        require(empty or not target.exists(), "output", self.output, "a new or empty folder")
-
-
-def main():
-    (options,) = parse_options(Conversion, description=__doc__)
-    from diffusers_rcfd.models.authors_checkpoints import convert_classifier, convert_unet, read_checkpoint
-
-    try:
-        checkpoint = read_checkpoint(options.checkpoint)
-        if options.kind == "unet":
-            model = convert_unet(
-                checkpoint, options.weights, options.num_inference_steps, prediction_type=options.prediction_type
-            )
-            network, steps = model.unet, model.scheduler.config.num_inference_steps
-            what = f"base model of {len(model.scheduler) - 1} steps" if steps is None else f"{steps}-step model"
-        else:
-            model = network = convert_classifier(checkpoint, reference=options.reference)
-            what = f"{model.config.backbone} of {model.num_classes} classes"
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    model.save_pretrained(options.output)
-    print(f"The {what}, {sum(p.numel() for p in network.parameters()):,} parameters, is in {options.output}.")
-    print(f"{type(model).__name__}.from_pretrained({options.output!r})")
-
+from diffusers_rcfd.cli.convert import main
 
 if __name__ == "__main__":
     main()

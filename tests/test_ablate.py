@@ -1,6 +1,5 @@
-"""`examples/ablate.py` on a real grid of tiny runs."""
+"""`rcfd ablate` on a real grid of tiny runs."""
 
-import importlib
 import json
 import shutil
 import statistics
@@ -12,24 +11,19 @@ import pytest
 import yaml
 from PIL import Image
 
+from diffusers_rcfd.cli import ablate
+from diffusers_rcfd.cli.grids import COMMANDS, GRIDS, plan_jobs, read_grid
 from tests.toys import tiny_classifier, tiny_teacher
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-GRIDS = sorted((EXAMPLES / "configs/ablations").glob("*.yaml"))
 
 
-def ablate(*args):
+def run_ablate(*args):
     command = [sys.executable, str(EXAMPLES / "ablate.py"), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("ablate")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,7 @@ def grid(tmp_path_factory):
 
 def test_grid_runs_resumes_and_reports(grid):
     place = f"place={grid.parent}"
-    done = ablate(grid, "--variables", place)
+    done = run_ablate(grid, "--variables", place)
     folder = grid.parent / "grid"
     results = json.loads((folder / "results.json").read_text())
     assert list(results) == ["PD", "features", "features 1"] and list(results["PD"]) == ["2", "1"]
@@ -77,21 +71,20 @@ def test_grid_runs_resumes_and_reports(grid):
     # One run is missing: it alone is done again, and nothing changes.
     before = (folder / "features-seed0/comparison.json").stat().st_mtime_ns
     shutil.rmtree(folder / "features-1-seed1")
-    done = ablate("--grid", grid, "--variables", place)
+    done = run_ablate("--grid", grid, "--variables", place)
     assert "[1 of 1]" in done.stdout and "features-1-seed1" in done.stdout
     assert json.loads((folder / "results.json").read_text())["features 1"]["1"]["fd"] == pytest.approx(values)
     assert (folder / "features-seed0/comparison.json").stat().st_mtime_ns == before
 
 
-def test_mistakes_are_found_before_the_first_run(grid, script, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_found_before_the_first_run(grid, tmp_path, capsys):
     content = yaml.safe_load(grid.read_text()) | {"output_dir": str(tmp_path / "out")}
     path = tmp_path / "grid.yaml"
 
     def refusal(*args, grid=path, **changes):
         path.write_text(yaml.safe_dump(content | changes))
-        monkeypatch.setattr(sys, "argv", ["ablate.py", str(grid), *args])
         with pytest.raises(SystemExit) as error:
-            script.main()
+            ablate.main([str(grid), *args])
         assert error.value.code not in (0, None) and not (tmp_path / "out").exists()
         return f"{error.value.code}\n{capsys.readouterr().err}"
 
@@ -99,17 +92,36 @@ def test_mistakes_are_found_before_the_first_run(grid, script, tmp_path, monkeyp
     assert "`variables` must give place=VALUE for this grid" in refusal()
     assert "`temperature` must be in (0, 1], got 2" in refusal(*given, runs={"PD": {"temperature": 2}})
     assert "--tau" in refusal(*given, runs={"PD": {"tau": 1}})
-    assert "`script` must be an example" in refusal(*given, prepare=[{"script": "x", "done": "y", "output_dir": "z"}])
+    job = {"command": "sfd", "done": "y", "output_dir": "z"}
+    assert "`command` must be one of ('distill', 'sfd'" in refusal(*given, prepare=[job | {"command": "x"}])
+    assert "`script` must be one of ('distill', 'sfd'" in refusal(*given, prepare=[{"script": "x", "done": "y"}])
+    assert "`done` must be given for each job" in refusal(*given, prepare=[{"command": "sfd", "output_dir": "z"}])
+    assert "`done` must be given for each job" in refusal(*given, prepare=[job | {"done": ["y"]}])
+    assert "`command` must be one of" in refusal(*given, prepare=[job | {"command": ["sfd"]}])
     assert "`runs` must be given in the grid" in refusal(*given, runs={})
     assert "sections of" in refusal(*given, rums={})
     assert "`grid` must be a YAML file or one of" in refusal(grid="lossses")
+    assert "`figure` must be an option that is one number" in refusal(*given, figure={"x": "objective"})
 
 
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_grids_of_the_paper_hold_only_known_options(path, script):
-    ablation = script.Ablation(grid=path.stem, variables=["data_dir=somewhere"])
-    grid = script.read_grid(ablation)
-    jobs = list(script.planned_jobs(grid, ablation))
+@pytest.mark.parametrize("section", ["output_dir", "seeds", "prepare", "options", "runs", "figure", 1, True, None])
+def test_no_key_or_value_of_a_grid_crashes(grid, tmp_path, section):
+    content, path = yaml.safe_load(grid.read_text()), tmp_path / "grid.yaml"
+    for value in (None, True, 3, 0.5, "no", [], [None], [3], {}, {None: None}, {1: {2: 3}}):
+        path.write_text(yaml.safe_dump(content | {section: value}))
+        try:
+            read = read_grid(str(path))
+            jobs = list(plan_jobs(read, {"place": "somewhere"}))
+        except ValueError as error:
+            assert "`" in str(error)
+        else:
+            assert len(jobs) == len(read["seeds"]) * (len(read["runs"]) + len(read["prepare"]))
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_grids_of_the_paper_hold_only_known_options(path):
+    grid = read_grid(path.stem)
+    jobs = list(plan_jobs(grid, {"data_dir": "somewhere"}))
     assert len(jobs) == len(grid["seeds"]) * (len(grid["runs"]) + len(grid["prepare"]))
-    for name, args, _ in jobs:
-        script.load_script(name).read_options(args)
+    for job in jobs:
+        COMMANDS[job.command].read_options(job.args)

@@ -1,7 +1,7 @@
 """The demo page as a visitor uses it: the Space's own files in a process, clicked through in headless Chromium."""
 
-import importlib
 import math
+import os
 import queue
 import re
 import shutil
@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 from diffusers_rcfd import RCFDPipeline
+from diffusers_rcfd.cli import demo
 from diffusers_rcfd.evaluation.sampling import initial_noise
 from tests.fake_hub import FakeHub
 from tests.toys import tiny_sfd_student, tiny_teacher
@@ -33,13 +34,6 @@ CHROMIUM_FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the page must do without the internet
 ]  # fmt: skip
 WAIT = 120  # seconds, for a machine that is busy
-
-
-@pytest.fixture(scope="module")
-def demo():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(DEMO.parent)
-        yield importlib.import_module("demo")
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +213,7 @@ def test_what_is_wrong_is_said(generate, models, change, message):
         generate(**given)
 
 
-def test_own_rung_is_preferred_to_the_folder_s_pipeline(demo, models, tmp_path):
+def test_own_rung_is_preferred_to_the_folder_s_pipeline(models, tmp_path):
     shutil.copytree(models / "base", tmp_path, dirs_exist_ok=True)
     assert demo.find_pipeline(str(tmp_path), 4) == (str(tmp_path), None)
     shutil.copytree(models / "students" / "4-step", tmp_path / "4-step")
@@ -227,14 +221,14 @@ def test_own_rung_is_preferred_to_the_folder_s_pipeline(demo, models, tmp_path):
     assert demo.find_pipeline(str(tmp_path), 2) == (str(tmp_path), None)
 
 
-def test_student_of_two_evaluations_and_more(demo, tmp_path):
+def test_student_of_two_evaluations_and_more(tmp_path):
     tiny_sfd_student().save_pretrained(tmp_path)
     pipeline = demo.load_pipeline(str(tmp_path), None, "cpu")
     images, seconds = demo.sample(pipeline, 2, num_images=3, seed=0)
     assert images.shape == (3, 1, 8, 8) and seconds > 0
 
 
-def test_pickled_weights_are_not_read(demo, models, tmp_path):
+def test_pickled_weights_are_not_read(models, tmp_path):
     shutil.copytree(models / "base", tmp_path, dirs_exist_ok=True)
     RCFDPipeline.from_pretrained(tmp_path).unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -259,9 +253,11 @@ def test_space_readme_has_the_metadata_that_the_hub_asks_for(space):
 
 
 def test_space_brings_the_package_and_its_requirements(space):
-    package = {path.name for path in (ROOT / "diffusers_rcfd").glob("*.py")}
-    assert {path.name for path in (space / "diffusers_rcfd").iterdir()} == package | {"data"}
-    assert (space / "demo.py").read_bytes() == DEMO.read_bytes()
+    package = {path for path in files_of(ROOT / "diffusers_rcfd") if "__pycache__" not in path}
+    assert files_of(space / "diffusers_rcfd").keys() == package
+    line = [sys.executable, str(space / "demo.py"), "--help"]
+    done = subprocess.run(line, cwd=space, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: rcfd demo" in done.stdout, done.stderr
     names = {Requirement(line).name for line in (space / "requirements.txt").read_text().splitlines()}
     assert {"torch", "diffusers", "safetensors"} <= names and not {"pytest", "gradio", "selenium"} & names
 

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from diffusers_rcfd import FeatureClassifier, RCFDPipeline
-from diffusers_rcfd.cli.options import parse_options
 from diffusers_rcfd.trainers.checkpoints import find_checkpoints
 from tests.toys import tiny_classifier, tiny_sfd_student, tiny_teacher
 
@@ -179,32 +177,6 @@ def test_train_teacher_classifier_and_sample(tmp_path):
     assert "`onnx_runtime` must be False with another dtype" in refused.stderr
     refused = run("sample.py", *options, "--output", tmp_path / "images", expect=2)
     assert "`output` must be a new file or empty folder" in refused.stderr
-
-
-@pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("configs/*.yaml")), ids=lambda path: path.stem)
-def test_recipes_of_the_main_job_hold_only_known_options(recipe, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    script = importlib.import_module("distill_rcfd")
-
-    job, *_, distillation = parse_options(*script.GROUPS, args=["--config", str(recipe)])
-    rungs = distillation.rungs(None, 1024)
-    assert [rung.student_steps for rung in rungs][-3:] == [4, 2, 1]
-    assert rungs[-4].student_steps == 8 and rungs[-4].objective == "pd"
-    written = yaml.safe_load(recipe.read_text())
-    assert job.unet_preset == written["unet_preset"] and distillation.output_dir == f"runs/{recipe.stem}"
-
-
-SFD_RECIPES = sorted(EXAMPLES.glob("configs/distill_sfd/*.yaml"))
-
-
-@pytest.mark.parametrize("recipe", SFD_RECIPES, ids=lambda path: path.stem)
-def test_recipes_of_sfd_hold_only_known_options(recipe, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    script = importlib.import_module("distill_sfd")
-    job, *_, distillation = parse_options(*script.GROUPS, args=["--config", str(recipe)])
-    written = yaml.safe_load(recipe.read_text())
-    assert job.unet_preset == written["unet_preset"] and distillation.output_dir == f"runs/{recipe.stem}"
-    assert distillation.student_steps == written["student_steps"]
 
 
 def test_sfd_job_with_a_comparison(tmp_path):

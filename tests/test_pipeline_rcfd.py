@@ -102,7 +102,7 @@ def test_class_labels():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"batch_size": 0}, "`batch_size` must be a positive integer, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
         ({"batch_size": 3, "generator": [seeded()]}, "`generator` as a list .*=3 images, got 1"),
         ({"num_inference_steps": 8}, r"`num_inference_steps` must be one of \[1, 2, 4\]"),
         ({"num_inference_steps": 3}, r"`num_inference_steps` must be one of \[1, 2, 4\]"),

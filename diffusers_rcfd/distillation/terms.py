@@ -200,6 +200,15 @@ def spread(student: FeatureClassifierOutput, teacher: FeatureClassifierOutput) -
     }
 
 
+def check_terms(weights: dict[str, float]) -> None:
+    """Raise a `ValueError` for a term that there is not, or where nothing weighs anything."""
+    for name in weights:
+        if name not in TERMS:
+            raise ValueError(f"`terms` must be of {tuple(TERMS)}, got {name!r}.")
+    if not any(weights.values()):
+        raise ValueError(f"`cfd_weight` must be above 0 where no other loss is left, got the weights {weights}.")
+
+
 def check_objective(
     objective: Objective,
     image_shape: tuple[int, int, int],
@@ -215,11 +224,7 @@ def check_objective(
         lpips (`Callable`, *optional*): see `View`.
     """
     weights, channels = objective.weights, image_shape[0]
-    unknown = [name for name in weights if name not in TERMS]
-    if unknown:
-        raise ValueError(f"`terms` must be of {tuple(TERMS)}, got {unknown[0]!r}.")
-    if not any(weights.values()):
-        raise ValueError(f"`cfd_weight` must be above 0 where no other loss is left, got the weights {weights}.")
+    check_terms(weights)
     if lpips is None and any(TERMS[name].needs == "lpips" for name in weights):
         raise ValueError("`lpips` must be given for the term 'lpips', got None.")
     guided = [name for name in weights if TERMS[name].needs == "classifier"]

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from diffusers_rcfd.distillation.pairs import Pair
 from diffusers_rcfd.distillation.rungs import Rung
 from diffusers_rcfd.distillation.sources import SOURCES
-from diffusers_rcfd.distillation.terms import check_objective
+from diffusers_rcfd.distillation.terms import check_objective, check_terms
 from diffusers_rcfd.evaluation.evaluator import Evaluator
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
@@ -171,6 +171,7 @@ def check_rungs(
     image_shape: tuple[int, int, int],
     classifier: FeatureClassifier | None,
     lpips: LPIPSDistance | None = None,
+    trains_classifier: bool = False,
 ) -> None:
     """Raise a `ValueError` if a rung's source is unknown or its loss cannot be computed, before any training.
 
@@ -180,7 +181,11 @@ def check_rungs(
         image_shape (`tuple[int, int, int]`): (C, H, W) of the images.
         classifier (`FeatureClassifier`, *optional*): what the losses look through.
         lpips (`Callable`, *optional*): see `DistillationTrainer`.
+        trains_classifier (`bool`, defaults to `False`): a classifier that fits will be trained first.
     """
     require(config.source in SOURCES, "source", config.source, f"one of {tuple(SOURCES)}")
     for rung in rungs:
-        check_objective(config.objective_of(dict(rung.terms), rung.temperature), image_shape, classifier, lpips)
+        if trains_classifier:
+            check_terms(dict(rung.terms))
+        else:
+            check_objective(config.objective_of(dict(rung.terms), rung.temperature), image_shape, classifier, lpips)
