@@ -10,8 +10,8 @@ alone, and is divided by this share to keep its scale: then it is the gradient o
 
     h(x) = 2 (mu - mu_r) . phi(x) + (phi(x) - mu)^T A (phi(x) - mu),   A = dL/dS,
 
-in which mu, mu_r and A are constants. A mean over images needs nothing else to be exact for accumulated batches and for
-several processes: each part takes the mean of h over its own images, and the parts are averaged.
+in which mu, mu_r and A are constants. This is exact for accumulated batches and for several processes without more:
+each part takes the mean of h over its own images, and the parts are averaged.
 
 Use two spaces or more, one of them pixels: a student cheats one space in the directions that this space does not see.
 """
@@ -251,6 +251,7 @@ class PrincipalComponents:
         self.directions = largest / largest.norm(dim=0)  # (C H W, D)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """The components of images (B, C, H, W) in [-1, 1]; (B, D)."""
         return pixels(images) @ self.directions.to(images.device)  # (B, D)
 
 
