@@ -315,6 +315,8 @@ def test_result_says_what_was_measured():
         "extractor": "resnet18-fashion",
         "reference": "random",
         "num_reference_images": 70,
+        "role": None,
+        "accuracy": None,
     }
     assert stored["metrics"]["fd"] == {
         "label": "FD(resnet18-fashion)",

@@ -28,6 +28,7 @@ class InceptionExtractor(torch.nn.Module):
     """
 
     name = "inception-v3-compat"
+    num_features = 2048
 
     def __init__(self, weights_path: str | os.PathLike | None = None):
         super().__init__()

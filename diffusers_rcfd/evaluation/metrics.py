@@ -60,13 +60,21 @@ def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
     return vectors[:, keep] * np.sqrt(values[keep])
 
 
-def fd_with_influence(features, mu2, sigma2, num_reference, label):
-    """Frechet distance, and its influence function at each image: the first-order change an image makes."""
+def mean_and_covariance(features):
+    """Mean (D,) and covariance (D, D) of features (n, D), float64."""
     statistics = fid_features_to_statistics(features.double())
-    mu1, sigma1 = statistics["mu"], np.atleast_2d(statistics["sigma"])
+    return statistics["mu"], np.atleast_2d(statistics["sigma"])
+
+
+def fd_with_influence(features, mu2, sigma2, num_reference, label):
+    """Frechet distance, and its influence function at each image: the first-order change an image makes.
+
+    `num_reference` is the number of reference images, or None where it is not known.
+    """
+    mu1, sigma1 = mean_and_covariance(features)
     distance, p, ranks = frechet_and_gradient(mu1, sigma1, mu2, sigma2)
     n, size = features.shape
-    if min(n, num_reference) <= size:
+    if n <= size or (num_reference is not None and num_reference <= size):
         warnings.warn(
             f"{label} of {n} images against {num_reference}, fewer than its {size} feature dimensions can do with: "
             f"the covariances have rank {ranks[0]} and {ranks[1]}, and the value is biased.",
