@@ -208,7 +208,7 @@ class Evaluator:
             raise TypeError(f"`reference` must be an ImageData, with {attributes}, got {type(reference)}.")
         self.is_inception = isinstance(extractor, InceptionExtractor)
         backbone = getattr(getattr(extractor, "config", None), "backbone", None)
-        self.name = extractor.name if self.is_inception else name or backbone
+        self.name = extractor.name if self.is_inception else name or backbone or getattr(extractor, "name", None)
         require(self.name, "name", name, "given for a classifier without `config.backbone`")
         self.extractor = extractor.eval()
         if accelerator is not None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from diffusers_rcfd.evaluation.files import write_whole
 from diffusers_rcfd.validation import require
 
 # What a file of torch-fidelity holds beside tensors: it pickles NumPy's arrays.
@@ -82,7 +83,7 @@ def write_statistics(statistics: FeatureStatistics, path: str | os.PathLike) -> 
         np.savez(written, mu=statistics.mu, sigma=statistics.sigma, **number)
     else:
         torch.save({"mu": statistics.mu, "sigma": statistics.sigma}, written)
-    _write_whole(path, lambda partial: partial.write_bytes(written.getvalue()))
+    write_whole(path, written.getvalue())
 
 
 def read_cache(path: Path | None, num_images: int, need_features: bool) -> dict[str, torch.Tensor] | None:
@@ -118,13 +119,8 @@ def write_cache(path: Path | None, statistics: dict[str, torch.Tensor]) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, lambda partial: save_file(statistics, partial))
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # jobs beside this one keep the same file
+        save_file(statistics, partial)
+        os.replace(partial, path)
     except OSError as error:
         warnings.warn(f"The statistics of the reference could not be cached in {path}: {error}", stacklevel=2)
-
-
-def _write_whole(path: Path, write) -> None:
-    """Write beside a file and rename, so that nobody reads half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(partial)
-    os.replace(partial, path)
