@@ -317,6 +317,8 @@ class Evaluator:
     def judge(self, features: torch.Tensor, logits: torch.Tensor, seed: int) -> EvaluationResult:
         """The result of the images of all processes, from their `extract`ed features and logits."""
         self.check_number(len(features))
+        if self._given is not None:
+            self._check_size(features.shape[1])
         reference = self._reference_statistics() if set(self.metrics) != {"is"} else {}
         metrics = [self._compute(features, logits, reference, seed) if self.is_main_process else None]
         if self._num_processes > 1:
