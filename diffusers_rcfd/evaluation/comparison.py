@@ -141,8 +141,8 @@ def markdown_table(rows: list[dict]) -> str:
 
 
 def _format_value(value: float) -> str:
-    """Two decimals, or three digits of a number that would lose too many of them."""
-    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
+    """Two decimals, or three digits of a number below 1."""
+    return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
 
 
 def table_notes(rows: list[dict]) -> list[str]:
@@ -201,7 +201,7 @@ def save_comparison_figure(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator
 
     number = len(judgements(rows[0]))
     figure, axes = pyplot.subplots(1, number, figsize=(1 + 5 * number, 4), squeeze=False)
@@ -216,8 +216,10 @@ def save_comparison_figure(rows: list[dict], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=metric["label"])
         axis.set_xticks(steps, [str(step) for step in steps])
         axis.xaxis.minorticks_off()
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 1)))
-        axis.grid(alpha=0.3, which="both")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.minorticks_off()
+        axis.grid(alpha=0.3)
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     _save_figure(figure, path, dpi=120)

@@ -83,7 +83,7 @@ class EvaluationResult:
     Args:
         metrics (`dict[str, MetricValue]`): by metric key.
         num_images (`int`): generated images.
-        seed (`int`): of the images where the evaluator sampled them, and of splits, subsets and bootstrap.
+        seed (`int`): of the images, if the evaluator drew them, and of splits, subsets and bootstrap.
         extractor (`str`): name of the network that the features come from.
         reference (`str` or None): name of the reference data set.
         num_reference_images (`int` or None): its size; None for statistics that do not say it.
@@ -135,24 +135,25 @@ class Evaluator:
     100 KID subsets of up to 1000 images; the third neighbour for precision and recall), but for the Frechet distance,
     see `frechet_distance`.
 
-    Confidence intervals are bootstraps of means. FD and IS resample their influence functions: recomputing FD on each
-    resample would be dear, and biased upwards by the images that resampling repeats. They describe the choice of the
-    generated images against a fixed reference, to first order, without the bias that FD has at small numbers. KID
-    resamples its values on disjoint blocks, which describes the choice of both sets; precision and recall resample
-    their hits, with the manifolds held fixed (recall: those of the reference images).
+    Confidence intervals are bootstraps of means. FD and IS resample their influence functions: to compute FD again on
+    each resample would be slow, and biased upwards by the images that resampling repeats. These intervals describe the
+    choice of the generated images against a fixed reference, to first order, without the bias that FD has at small
+    numbers. KID resamples its values on disjoint blocks, which describes the choice of both sets. Precision and recall
+    resample their hits, with the manifolds fixed (recall: those of the reference images).
 
     Under `accelerate launch` each process extracts its share, and every process gets the same result.
 
     Args:
         extractor (`FeatureClassifier` or `InceptionExtractor`): called with images (B, C, H, W) in [-1, 1], returns
             `.features` (B, D) and `.logits` (B, K). It is put in evaluation mode.
-        reference (`ImageData` or None): the real images. None is allowed where IS is the only metric.
-        name (`str`, *optional*): what a classifier is reported as; its `config.backbone` by default.
+        reference (`ImageData` or None): the real images. None is allowed for IS alone, and for FD and IS with
+            `reference_statistics`.
+        name (`str`, *optional*): what a classifier is called in reports; its `config.backbone` by default.
         metrics (`Sequence[str]`, defaults to `("fd", "is")`): of "fd", "is", "kid", "precision", "recall".
         batch_size (`int`, defaults to 256): images at a time, for each process.
-        cache_dir (`str`, `os.PathLike` or False, *optional*): where statistics of the reference are kept (with its
-            features for KID, precision and recall); a folder in the Hugging Face home by default, False for nowhere.
-        seed (`int`, defaults to 0): of splits, subsets, bootstrap, and of the images that are sampled here.
+        cache_dir (`str`, `os.PathLike` or False, *optional*): folder that keeps the statistics of the reference (with
+            its features for KID, precision and recall); by default in the Hugging Face home, False for none.
+        seed (`int`, defaults to 0): of splits, subsets and bootstrap, and of the images of `evaluate_pipeline`.
         accelerator (`Accelerator`, *optional*): the processes to share the work among; its device is used.
         role (`str`, *optional*): of `ROLES`, written beside the name: "guide" (a loss has seen the extractor), "twin"
             (of the guide's kind, trained on the same data), "foreign" (trained on other data) or "pixels".
@@ -245,7 +246,7 @@ class Evaluator:
         return short if self.role is None else f"{short} ({self.role})"
 
     def evaluate(self, images: torch.Tensor | Iterable[torch.Tensor]) -> EvaluationResult:
-        """Evaluate images; of several processes each gives its own part of them.
+        """Evaluate images; each of several processes gives its own part of them.
 
         Args:
             images (`torch.Tensor` or an iterable of batches): (B, C, H, W), uint8 or floats in [0, 1], of the

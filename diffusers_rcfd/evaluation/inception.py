@@ -20,10 +20,10 @@ class InceptionExtractor(torch.nn.Module):
 
     Args:
         weights_path (`str` or `os.PathLike`, *optional*): torch-fidelity's weight file, a state dict in PyTorch
-            format; by default where torch-fidelity itself would have put it, in the cache of `torch.hub`.
+            format; by default where torch-fidelity itself keeps it, in the cache of `torch.hub`.
 
     Raises:
-        FileNotFoundError: if the file is absent; nothing is downloaded.
+        FileNotFoundError: if the file is absent, for nothing is downloaded.
         ValueError: if the file holds other weights.
     """
 
@@ -38,7 +38,7 @@ class InceptionExtractor(torch.nn.Module):
                 f"No Inception weights at `inception_weights`={str(path)!r}. Fetch {INCEPTION_FILE} from "
                 f"{URL_INCEPTION_V3} and pass its path (`--inception_weights PATH`, `InceptionExtractor(PATH)`)."
             )
-        # torch-fidelity would unpickle whatever the file holds: it is given a copy of the tensors alone.
+        # torch-fidelity would unpickle whatever the file holds, so it is given a copy of the tensors alone.
         tensors_only = io.BytesIO()
         try:
             torch.save(torch.load(path, map_location="cpu", weights_only=True), tensors_only)

@@ -1,4 +1,4 @@
-"""Distances between sets of features, each with what a bootstrap of it needs. Pure functions of arrays."""
+"""Distances between sets of features, each with the contributions that a bootstrap resamples. Pure functions."""
 
 import warnings
 
@@ -76,7 +76,7 @@ def fd_with_influence(features, mu2, sigma2, num_reference, label):
     n, size = features.shape
     if n <= size or (num_reference is not None and num_reference <= size):
         warnings.warn(
-            f"{label} of {n} images against {num_reference}, fewer than its {size} feature dimensions can do with: "
+            f"{label} of {n} images against {num_reference}, too few for its {size} feature dimensions: "
             f"the covariances have rank {ranks[0]} and {ranks[1]}, and the value is biased.",
             stacklevel=5,
         )
