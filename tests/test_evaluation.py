@@ -30,6 +30,8 @@ from diffusers_rcfd.evaluation.metrics import (
     kid_with_blocks,
 )
 from diffusers_rcfd.evaluation.neighbours import draw_neighbours, find_neighbours
+from diffusers_rcfd.evaluation.panel import Panel
+from diffusers_rcfd.evaluation.pixels import PixelExtractor
 from diffusers_rcfd.evaluation.sampling import generate_images, image_generator, initial_noise
 from tests.toys import tiny_unet
 
@@ -671,7 +673,13 @@ def evaluate_in_processes(folder, accelerator):
     )
     result = measure.evaluate_pipeline(tiny_pipeline(), 23, progress=False)
     given = measure.evaluate(random_images(12)[: 12 if measure.is_main_process else 0])
-    return {"result": result.to_dict(), "given": given.to_dict(), "reads": measure.reference.reads}
+    reads = measure.reference.reads
+    measure.role = "twin"
+    pixels = Evaluator(
+        PixelExtractor(SHAPE), measure.reference, metrics="fd", role="pixels", accelerator=accelerator, cache_dir=False
+    )
+    panel = Panel([pixels, measure]).evaluate_pipeline(tiny_pipeline(), 23, progress=False)
+    return {"result": result.to_dict(), "given": given.to_dict(), "panel": panel.named_values, "reads": reads}
 
 
 def test_two_processes_give_the_value_of_one_process(tmp_path):
@@ -684,6 +692,7 @@ def test_two_processes_give_the_value_of_one_process(tmp_path):
     assert [x.pop("reads") for x in two] == [35, 36]
     assert two[0] == two[1]
     one = evaluate_in_processes(tmp_path / "one", None)
+    assert two[0]["panel"] == pytest.approx(one["panel"], rel=1e-4) and len(one["panel"]) == 6
     for key in ("result", "given"):
         values = {metric: entry["value"] for metric, entry in two[0][key].pop("metrics").items()}
         assert values == pytest.approx({m: entry["value"] for m, entry in one[key].pop("metrics").items()}, rel=1e-4)

@@ -231,19 +231,21 @@ def test_loss_moves_a_generator_in_every_space_that_has_weight():
     optimizer = torch.optim.Adam([contrast, shift], lr=0.05)
     values = []
     for seed in range(2, 32):
-        batch = draw(seed)
-        loss.update(batch)
-        value = loss(batch)
+        features = loss.features(draw(seed))
+        loss.update(features)
+        value = loss(features)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         values.append(value.item())
-    distances = loss.distances(batch)
+    distances = loss.distances(features)
     assert value.item() == pytest.approx(distances["features"].item() + 2 * distances["components:8"].item())
     assert values[-1] < 0.2 * values[0] and contrast > 0.8 and abs(shift) < 0.1
     again = FrechetLoss(spaces, {"features": 1, "components:8": 2.0, "pixels": 0}, real, images(50), decay=0.5)
     again.load_state_dict(loss.state_dict())
-    assert torch.equal(again(batch), loss(batch))
+    assert torch.equal(again(features), loss(features))
+    queue = FrechetLoss(spaces, {"features": 1, "components:8": 2.0, "pixels": 0}, real, images(120), queue=True)
+    assert queue.moments["features"].queue.shape == (120, 96)
     with pytest.raises(ValueError, match="`spaces` must be"):
         again.load_state_dict({"features": {}})
 

@@ -7,8 +7,9 @@ import torch
 
 from diffusers_rcfd import Evaluator, FeatureClassifier, load_image_data
 from diffusers_rcfd.evaluation.comparison import Contender, compare, markdown_table, save_comparison_figure
+from diffusers_rcfd.evaluation.config import EvaluationConfig
 from diffusers_rcfd.evaluation.lite0 import LITE0, has_lite0, load_lite0
-from diffusers_rcfd.evaluation.panel import Panel, default_judges, load_panel
+from diffusers_rcfd.evaluation.panel import Panel, default_judges, load_judges, load_panel
 from diffusers_rcfd.evaluation.pixels import PixelExtractor
 from tests.test_evaluation import RandomImages, TinyClassifier, random_images, tiny_pipeline
 from tests.toys import tiny_classifier, tiny_teacher
@@ -170,6 +171,19 @@ def test_judges_are_named_by_options(tmp_path):
     for spec in ("twin", "twin=", "pixels=x", "boss=resnet18"):
         with pytest.raises(ValueError, match=f"`judges` must be 'pixels' or 'ROLE=PLACE'.*got '{spec}'"):
             load_panel([spec], images)
+
+
+def test_judges_of_a_config_are_a_panel_and_none_are_one_evaluator(tmp_path):
+    torch.manual_seed(0)
+    tiny_classifier().save_pretrained(tmp_path / "evaluator")
+    images = load_image_data(max_images=50)
+    config = EvaluationConfig(feature_extractor=f"{tmp_path}/evaluator", eval_batch_size=16, seed=3)
+    alone = load_judges(config, images)
+    assert isinstance(alone, Evaluator) and alone.role is None
+    config.judges = ["pixels", f"twin={tmp_path}/evaluator"]
+    measure = load_judges(config, images)
+    assert [own.role for own in measure.judges] == ["twin", "pixels"]
+    assert (measure.batch_size, measure.seed, measure.main.metrics) == (16, 3, ("fd", "is"))
 
 
 def test_default_judges_are_those_at_hand(monkeypatch):

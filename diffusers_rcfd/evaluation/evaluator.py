@@ -445,7 +445,7 @@ class Evaluator:
         most, width = shapes.max(0).values.tolist()
         padded = torch.zeros(most, width, device=device)
         padded[: len(rows), : rows.shape[1]] = rows
-        parts = self.accelerator.gather(padded).cpu().view(-1, most, width)
+        parts = self.accelerator.gather(padded).cpu().view(len(shapes), most, width)
         return torch.cat([part[:count] for part, count in zip(parts, shapes[:, 0].tolist(), strict=True)])
 
 

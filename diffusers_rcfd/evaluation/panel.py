@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffusers_rcfd.evaluation.evaluator import ROLES, EvaluationResult, Evaluator, evaluate_images
+from diffusers_rcfd.evaluation.config import EvaluationConfig
+from diffusers_rcfd.evaluation.evaluator import (
+    ROLES,
+    EvaluationResult,
+    Evaluator,
+    evaluate_images,
+    load_evaluator,
+)
 from diffusers_rcfd.evaluation.lite0 import LITE0, has_lite0, load_lite0
 from diffusers_rcfd.evaluation.pixels import PixelExtractor
 from diffusers_rcfd.validation import require
@@ -143,6 +150,24 @@ def load_panel(
     """
     options |= {"accelerator": accelerator}
     return Panel([_load_judge(judge, reference, metrics, options) for judge in judges])
+
+
+def load_judges(
+    config: EvaluationConfig, reference: "ImageData", accelerator: "Accelerator | None" = None
+) -> Evaluator | Panel:
+    """The panel of `config.judges`; without them the one evaluator of `load_evaluator`, with the same arguments."""
+    judges = getattr(config, "judges", None)
+    if not judges:
+        return load_evaluator(config, reference, accelerator)
+    return load_panel(
+        judges,
+        reference,
+        metrics=config.metrics,
+        accelerator=accelerator,
+        batch_size=config.eval_batch_size,
+        cache_dir=config.statistics_dir,
+        seed=config.seed,
+    )
 
 
 def default_judges(twin: str | None = None) -> list[str]:

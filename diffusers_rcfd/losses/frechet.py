@@ -291,7 +291,9 @@ class FrechetLoss:
         student_images (`torch.Tensor` of shape (M, C, H, W)): that the student draws before it is trained; of several
             processes each gives its own share of the real and of these.
         decay (`float`, defaults to 0.98): see `FrechetMoments`.
-        batch_size (`int`, defaults to 256): images at a time, while the moments are computed.
+        queue (`bool`, defaults to False): keep the moments of the last M images, see `FrechetQueue`, in place of a
+            running average.
+        batch_size (`int`, defaults to 256): images at a time, while the first moments are computed.
 
     Raises:
         ValueError: for weights of other spaces, below 0 or all 0, for no images, or features that are not finite.
@@ -301,11 +303,12 @@ class FrechetLoss:
         spaces = {name: build_space(name, classifier, real) for name in ("features", "pixels")}
         loss = FrechetLoss(spaces, {"features": 1.0, "pixels": 10.0}, real, draw(2048))
         for noise in batches:
-            images = student(noise)
-            loss.update(images)
-            loss(images).backward()
+            features = loss.features(student(noise))
+            loss.update(features)
+            loss(features).backward()
             optimizer.step()
         ```
+        Of an accumulated batch, `update` takes the features of all the parts together, then `loss` those of each part.
     """
 
     def __init__(
@@ -316,6 +319,7 @@ class FrechetLoss:
         student_images: torch.Tensor,
         *,
         decay: float = 0.98,
+        queue: bool = False,
         batch_size: int = 256,
     ):
         require(bool(spaces) and spaces.keys() == weights.keys(), "weights", dict(weights), f"for {sorted(spaces)}")
@@ -325,33 +329,32 @@ class FrechetLoss:
             require(len(images) > 0, name, "none", "one image or more")
         self.spaces = {name: space for name, space in spaces.items() if weights[name] > 0}
         self.weights = dict(weights)
-        self.batch_size = batch_size
         self.moments = {}
         for name, space in self.spaces.items():
-            real, student = (
-                compute_moments(self._extract(space, images), name) for images in (real_images, student_images)
+            real = compute_moments(_extract(space, real_images, batch_size), name)
+            student = _extract(space, student_images, batch_size)
+            self.moments[name] = (
+                FrechetQueue(real, student, space=name)
+                if queue
+                else FrechetMoments(real, compute_moments(student, name), decay=decay, space=name)
             )
-            self.moments[name] = FrechetMoments(real, student, decay=decay, space=name)
 
-    @torch.no_grad()
-    def _extract(self, space: Space, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([space(part) for part in images.split(self.batch_size)])
+    def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each space shows of images (B, C, H, W) in [-1, 1]: (B, D) by name, differentiable."""
+        return {name: space(images) for name, space in self.spaces.items()}
 
-    def update(self, images: torch.Tensor) -> None:
-        """Take all the images of an optimizer step into the student's moments; no gradient passes."""
-        for name, space in self.spaces.items():
-            self.moments[name].update(self._extract(space, images))
+    def update(self, features: Mapping[str, torch.Tensor]) -> None:
+        """Take the features of all the images of an optimizer step on this process into the student's moments."""
+        for name, moments in self.moments.items():
+            moments.update(features[name])
 
-    def distances(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The distance in each space, differentiable in a batch of images or in a part of it; see `frechet`."""
-        return {
-            name: frechet(space(images), self.moments[name].student, self.moments[name].real)
-            for name, space in self.spaces.items()
-        }
+    def distances(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The distance in each space, with its gradient through a batch or a part of it; see `frechet`."""
+        return {name: frechet(features[name], moments.student, moments.real) for name, moments in self.moments.items()}
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weighted sum of `distances`."""
-        return sum(self.weights[name] * distance for name, distance in self.distances(images).items())
+        return sum(self.weights[name] * distance for name, distance in self.distances(features).items())
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """The student's moments by space."""
@@ -366,3 +369,8 @@ class FrechetLoss:
         require(state_dict.keys() == self.moments.keys(), "spaces", sorted(state_dict), f"{sorted(self.moments)}")
         for name, moments in self.moments.items():
             moments.load_state_dict(state_dict[name])
+
+
+@torch.no_grad()
+def _extract(space: Space, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    return torch.cat([space(part) for part in images.split(batch_size)])
