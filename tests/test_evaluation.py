@@ -20,7 +20,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusers_rcfd import EvaluationResult, Evaluator, FeatureClassifier, RCFDPipeline, RCFDScheduler
-from diffusers_rcfd.evaluation.inception import INCEPTION_FILE, InceptionExtractor
+from diffusers_rcfd.evaluation.inception import INCEPTION_FILE, INCEPTION_URL, InceptionExtractor
 from diffusers_rcfd.evaluation.metrics import (
     bootstrap_interval,
     fd_with_influence,
@@ -634,6 +634,7 @@ def test_inception_is_that_of_torch_fidelity_and_called_fid(inception_weights):
 
 
 def test_absent_inception_weights_say_what_to_fetch(tmp_path, monkeypatch):
+    assert INCEPTION_URL == feature_extractor_inceptionv3.URL_INCEPTION_V3
     with pytest.raises(FileNotFoundError, match="--inception_weights") as caught:
         InceptionExtractor(tmp_path / "absent.pth")
     for words in ("absent.pth", INCEPTION_FILE, "https://github.com/toshas/torch-fidelity/releases"):

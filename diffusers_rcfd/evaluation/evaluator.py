@@ -420,6 +420,8 @@ class Evaluator:
 
     @property
     def _device(self):
+        if self.accelerator is not None:
+            return self.accelerator.device
         return next((x.device for x in self.extractor.state_dict().values()), torch.device("cpu"))
 
     @property

@@ -6,11 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from diffusers_rcfd.data.image_tensors import to_uint8
 
-INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
 class InceptionExtractor(torch.nn.Module):
@@ -32,11 +32,13 @@ class InceptionExtractor(torch.nn.Module):
 
     def __init__(self, weights_path: str | os.PathLike | None = None):
         super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         path = Path(weights_path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE))
         if not path.is_file():
             raise FileNotFoundError(
                 f"No Inception weights at `inception_weights`={str(path)!r}. Fetch {INCEPTION_FILE} from "
-                f"{URL_INCEPTION_V3} and pass its path (`--inception_weights PATH`, `InceptionExtractor(PATH)`)."
+                f"{INCEPTION_URL} and pass its path (`--inception_weights PATH`, `InceptionExtractor(PATH)`)."
             )
         # torch-fidelity would unpickle whatever the file holds, so it is given a copy of the tensors alone.
         tensors_only = io.BytesIO()

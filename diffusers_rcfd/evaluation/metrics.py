@@ -1,13 +1,12 @@
-"""Distances between sets of features, each with the contributions that a bootstrap resamples. Pure functions."""
+"""Distances between sets of features, each with the contributions that a bootstrap resamples. Pure functions.
+
+torch-fidelity is imported when a metric is first computed.
+"""
 
 import warnings
 
 import numpy as np
 import torch
-from torch_fidelity.metric_fid import fid_features_to_statistics
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusers_rcfd.validation import require
 
@@ -62,6 +61,8 @@ def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
 
 def mean_and_covariance(features):
     """Mean (D,) and covariance (D, D) of features (n, D), float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
     statistics = fid_features_to_statistics(features.double())
     return statistics["mu"], np.atleast_2d(statistics["sigma"])
 
@@ -89,6 +90,8 @@ def fd_with_influence(features, mu2, sigma2, num_reference, label):
 
 def inception_score_with_influence(logits, seed):
     """Inception Score (Salimans et al. 2016), mean over splits, and its influence function at each image."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
     value = isc_features_to_metric(logits, splits=10, rng_seed=seed)["inception_score_mean"]
     order = np.random.RandomState(seed).permutation(len(logits))
     log_p = logits[order].double().log_softmax(1)
@@ -103,6 +106,8 @@ def inception_score_with_influence(logits, seed):
 
 def kid_with_blocks(features, reference_features, seed):
     """Kernel Inception Distance (Binkowski et al. 2018), and its values on disjoint blocks of both sets."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     features, reference_features = features.double(), reference_features.double()
     n = min(len(features), len(reference_features))
     size = min(1000, n)
@@ -121,6 +126,8 @@ def kid_with_blocks(features, reference_features, seed):
 
 def precision_recall_with_hits(features, reference_features, device):
     """Improved precision and recall (Kynkaanniemi et al. 2019), with the hits that each is the mean of."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     values = prc_features_to_metric(
         features.to(device), reference_features.to(device), save_cpu_ram=True, prc_batch_size=2048, verbose=False
     )
