@@ -83,7 +83,7 @@ def test_gradient_through_the_running_moments_is_divided_by_the_share_of_the_bat
     real, start = compute_moments(gaussian(300, 6, seed=2)), compute_moments(gaussian(300, 6, seed=3))
     features = gaussian(40, 6, seed=4).requires_grad_()
     memory = FrechetMoments(real, start, decay=0.9)
-    (found,) = torch.autograd.grad(frechet(features, memory.update(features), real), features)
+    (found,) = torch.autograd.grad(frechet(features, memory.include(features), real), features)
 
     mean = 0.9 * start.first + 0.1 * features.mean(0)
     second = 0.9 * start.second + 0.1 * features.T @ features / 40
@@ -100,9 +100,12 @@ def test_a_queue_has_the_moments_of_its_last_images_and_the_gradient_of_the_batc
     for seed in range(4, 8):
         features = gaussian(30, 6, seed=seed)
         images = torch.cat([images[30:], features])
-        running, expected = queue.update(features), compute_moments(images)
-        torch.testing.assert_close(running.first, expected.first)
-        torch.testing.assert_close(running.second, expected.second)
+        expected = compute_moments(images)
+        included = queue.include(features)
+        queue.update(features)
+        for student in (included, queue.student):
+            torch.testing.assert_close(student.first, expected.first)
+            torch.testing.assert_close(student.second, expected.second)
     whole = images.clone().requires_grad_()
     (expected,) = torch.autograd.grad(frechet(whole, compute_moments(whole), real), whole)
     part = features.clone().requires_grad_()
@@ -115,7 +118,7 @@ def test_a_queue_has_the_moments_of_its_last_images_and_the_gradient_of_the_batc
 def test_parts_of_a_batch_give_the_gradient_of_the_whole():
     real, start = compute_moments(gaussian(300, 6, seed=2)), compute_moments(gaussian(300, 6, seed=3))
     features = gaussian(40, 6, seed=4).requires_grad_()
-    student = FrechetMoments(real, start).update(features)
+    student = FrechetMoments(real, start).include(features)
     (expected,) = torch.autograd.grad(frechet(features, student, real), features)
     parts = [frechet(part, student, real) for part in features.split(10)]
     (found,) = torch.autograd.grad(sum(parts) / 4, features)
@@ -170,7 +173,9 @@ def test_memory_goes_on_bit_for_bit_from_its_state(tmp_path):
         torch.save(first.state_dict(), tmp_path / "state.bin")
         second.load_state_dict(torch.load(tmp_path / "state.bin", weights_only=True))
         batch = gaussian(30, 6, seed=5)
-        assert torch.equal(first.update(batch).second, second.update(batch).second)
+        first.update(batch)
+        second.update(batch)
+        assert torch.equal(first.student.second, second.student.second)
     other = compute_moments(gaussian(300, 5, seed=2))
     with pytest.raises(ValueError, match="`pixels` must be of 5 dimensions, got 6"):
         FrechetMoments(other, other, space="pixels").load_state_dict(first.state_dict())
@@ -227,19 +232,22 @@ def test_loss_moves_a_generator_in_every_space_that_has_weight():
     contrast, shift = torch.tensor(0.4, requires_grad=True), torch.tensor(-0.5, requires_grad=True)
     draw = lambda seed: contrast * images(100, seed) + shift  # noqa: E731
     loss = FrechetLoss(spaces, {"features": 1, "components:8": 2.0, "pixels": 0}, real, draw(1).detach(), decay=0.5)
-    assert list(loss.moments) == ["features", "components:8"]
+    assert list(loss.moments) == ["features", "components:8", "pixels"]
     optimizer = torch.optim.Adam([contrast, shift], lr=0.05)
     values = []
     for seed in range(2, 32):
         features = loss.features(draw(seed))
-        loss.update(features)
         value = loss(features)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
+        before = loss.distances(features)
+        loss.update(features)
         values.append(value.item())
-    distances = loss.distances(features)
-    assert value.item() == pytest.approx(distances["features"].item() + 2 * distances["components:8"].item())
+    assert value.item() == pytest.approx(before["features"].item() + 2 * before["components:8"].item())
+    parts = [{k: v[:50] for k, v in features.items()}, {k: v[50:] for k, v in features.items()}]
+    whole = loss.include(features)
+    assert [loss(part, whole).item() for part in parts] == pytest.approx([loss(features).item()] * 2, rel=1e-12)
     assert values[-1] < 0.2 * values[0] and contrast > 0.8 and abs(shift) < 0.1
     again = FrechetLoss(spaces, {"features": 1, "components:8": 2.0, "pixels": 0}, real, images(50), decay=0.5)
     again.load_state_dict(loss.state_dict())
@@ -287,7 +295,7 @@ def test_too_few_real_images_warn_with_the_rank():
 
 
 def gradients(rank, processes):
-    """Of a linear generator, by the running average and by the queue; each process has a part of every set."""
+    """Those of a linear generator, by the running average and the queue; each process has a part of every set."""
     generator = torch.nn.Linear(6, 6, bias=False, dtype=torch.float64)
     torch.nn.init.eye_(generator.weight)
     if processes > 1:
@@ -298,7 +306,7 @@ def gradients(rank, processes):
     for memory in (FrechetMoments(real, compute_moments(start), decay=0.5), FrechetQueue(real, start)):
         features = generator(batch)
         generator.zero_grad()
-        frechet(features, memory.update(features), real).backward()
+        frechet(features, memory.include(features), real).backward()
         found.append(next(generator.parameters()).grad.clone())
     return torch.stack(found)
 

@@ -140,8 +140,8 @@ def frechet(features: torch.Tensor, student: Moments, real: Moments) -> torch.Te
 class FrechetMoments:
     """The moments of one space: those of the real images, and the running ones of the student.
 
-    They start from images of the student, not from zero. `update` takes in each batch, once for an optimizer step, and
-    `frechet(features, memory.student, memory.real)` is then the loss of the batch or of each of its parts.
+    They start from images of the student, not from zero. `frechet(features, memory.include(features), memory.real)` is
+    the loss of a batch; `update` then takes the batch in for good, once for an optimizer step.
 
     Args:
         real (`Moments`): of the real images.
@@ -163,15 +163,18 @@ class FrechetMoments:
         self.decay = decay
         self.space = space
 
-    def update(self, features: torch.Tensor) -> Moments:
-        """Take a batch into the student's moments, and return them.
+    def include(self, features: torch.Tensor) -> Moments:
+        """The student's moments with a batch taken in; nothing is changed.
 
         Args:
             features (`torch.Tensor` of shape (B, D)): of all the images of an optimizer step on this process, those of
                 accumulated batches together.
         """
-        self.student = self.student.mix(compute_moments(features, self.space), 1 - self.decay)
-        return self.student
+        return self.student.mix(compute_moments(features, self.space), 1 - self.decay)
+
+    def update(self, features: torch.Tensor) -> None:
+        """Take a batch in; see `include`."""
+        self.student = self.include(features)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The student's moments; those of the real images are computed again."""
@@ -203,18 +206,21 @@ class FrechetQueue(FrechetMoments):
         super().__init__(real, compute_moments(features, space), decay=0, space=space)
         self.queue = features.detach()
 
-    def update(self, features: torch.Tensor) -> Moments:
-        """Put a batch into the queue in place of the oldest images, and return the moments of the queue."""
+    def include(self, features: torch.Tensor) -> Moments:
+        """The moments of the queue with a batch in place of the oldest images; nothing is changed."""
         length = len(self.queue)
         require(len(features) <= length, self.space, len(features), f"a batch of at most {length}, as the queue")
-        oldest, kept = self.queue.split([len(features), length - len(features)])
-        new, old, share = compute_moments(features, self.space), compute_moments(oldest), len(features) / length
-        self.queue = torch.cat([kept, features.detach().to(self.queue)])
-        self.student = Moments(
+        new, old = compute_moments(features, self.space), compute_moments(self.queue[: len(features)])
+        share = len(features) / length
+        return Moments(
             self.student.first + share * (new.first - old.first),
             self.student.second + share * (new.second - old.second),
         )
-        return self.student
+
+    def update(self, features: torch.Tensor) -> None:
+        """Put a batch into the queue in place of the oldest images."""
+        super().update(features)
+        self.queue = torch.cat([self.queue[len(features) :], features.detach().to(self.queue)])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The student's moments and the queue, which is that of this process."""
@@ -286,7 +292,8 @@ class FrechetLoss:
 
     Args:
         spaces (`Mapping[str, Space]`): by name, at least one.
-        weights (`Mapping[str, float]`): of each space, at least 0, one of them above 0.
+        weights (`Mapping[str, float]`): of each space, at least 0, one of them above 0; a space of weight 0 is
+            measured only.
         real_images (`torch.Tensor` of shape (N, C, H, W)): in [-1, 1].
         student_images (`torch.Tensor` of shape (M, C, H, W)): that the student draws before it is trained; of several
             processes each gives its own share of the real and of these.
@@ -304,11 +311,11 @@ class FrechetLoss:
         loss = FrechetLoss(spaces, {"features": 1.0, "pixels": 10.0}, real, draw(2048))
         for noise in batches:
             features = loss.features(student(noise))
-            loss.update(features)
             loss(features).backward()
             optimizer.step()
+            loss.update(features)
         ```
-        Of an accumulated batch, `update` takes the features of all the parts together, then `loss` those of each part.
+        Of an accumulated batch, each part's loss is `loss(features, loss.include(features_of_all_parts))`.
     """
 
     def __init__(
@@ -327,7 +334,7 @@ class FrechetLoss:
         require(positive, "weights", dict(weights), "at least 0, and one of them above 0")
         for name, images in (("real_images", real_images), ("student_images", student_images)):
             require(len(images) > 0, name, "none", "one image or more")
-        self.spaces = {name: space for name, space in spaces.items() if weights[name] > 0}
+        self.spaces = dict(spaces)
         self.weights = dict(weights)
         self.moments = {}
         for name, space in self.spaces.items():
@@ -343,18 +350,33 @@ class FrechetLoss:
         """What each space shows of images (B, C, H, W) in [-1, 1]: (B, D) by name, differentiable."""
         return {name: space(images) for name, space in self.spaces.items()}
 
+    def include(self, features: Mapping[str, torch.Tensor]) -> dict[str, Moments]:
+        """The student's moments with a batch taken in, by space; see `FrechetMoments.include`."""
+        return {name: moments.include(features[name]) for name, moments in self.moments.items()}
+
     def update(self, features: Mapping[str, torch.Tensor]) -> None:
         """Take the features of all the images of an optimizer step on this process into the student's moments."""
         for name, moments in self.moments.items():
             moments.update(features[name])
 
-    def distances(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The distance in each space, with its gradient through a batch or a part of it; see `frechet`."""
-        return {name: frechet(features[name], moments.student, moments.real) for name, moments in self.moments.items()}
+    def distances(
+        self, features: Mapping[str, torch.Tensor], student: Mapping[str, Moments] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The distance in each space, with its gradient through a batch or a part of it; see `frechet`.
 
-    def __call__(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        Args:
+            features (`Mapping[str, torch.Tensor]`): of the batch or of the part.
+            student (`Mapping[str, Moments]`, *optional*): `include` of the whole batch, for a part.
+        """
+        student = self.include(features) if student is None else student
+        return {name: frechet(features[name], student[name], self.moments[name].real) for name in self.moments}
+
+    def __call__(
+        self, features: Mapping[str, torch.Tensor], student: Mapping[str, Moments] | None = None
+    ) -> torch.Tensor:
         """The weighted sum of `distances`."""
-        return sum(self.weights[name] * distance for name, distance in self.distances(features).items())
+        distances = self.distances(features, student)
+        return sum(self.weights[name] * distance for name, distance in distances.items() if self.weights[name])
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """The student's moments by space."""
