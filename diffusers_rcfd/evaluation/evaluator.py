@@ -190,23 +190,12 @@ class Evaluator:
         reference_statistics: str | os.PathLike | None = None,
     ):
         metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-        for metric in metrics:
-            require(metric in MIN_IMAGES, "metrics", metric, f"of {sorted(MIN_IMAGES)}")
-        require(len(metrics) > 0, "metrics", metrics, f"one or more of {sorted(MIN_IMAGES)}")
+        _check_metrics(metrics, extractor)
+        _check_reference(reference, metrics, {"is"} if reference_statistics is None else {"is", "fd"})
         require_count("batch_size", batch_size, 1)
         require_count("seed", seed, 0)
-        if not isinstance(extractor, torch.nn.Module):
-            raise TypeError(f"`extractor` must be a FeatureClassifier or InceptionExtractor, got {type(extractor)}.")
-        attributes = ("__len__", "__getitems__", "image_shape", "name", "fingerprint")
-        has_logits = getattr(extractor, "has_logits", True)
-        require(has_logits or "is" not in metrics, "metrics", metrics, "free of 'is' for features without classes")
         require(role is None or role in ROLES, "role", role, f"None or one of {sorted(ROLES)}")
         require(accuracy is None or 0 <= accuracy <= 1, "accuracy", accuracy, "None or in 0..1")
-        given = {"is"} if reference_statistics is None else {"is", "fd"}
-        if reference is None:
-            require(set(metrics) <= given, "reference", None, f"a data set for the metrics {metrics}")
-        elif not all(hasattr(reference, attribute) for attribute in attributes):
-            raise TypeError(f"`reference` must be an ImageData, with {attributes}, got {type(reference)}.")
         self.is_inception = isinstance(extractor, InceptionExtractor)
         backbone = getattr(getattr(extractor, "config", None), "backbone", None)
         self.name = extractor.name if self.is_inception else name or backbone or getattr(extractor, "name", None)
@@ -222,14 +211,13 @@ class Evaluator:
         self.accuracy = accuracy
         self.accelerator = accelerator
         self.cache_dir = Path(HF_HOME, "diffusers_rcfd") if cache_dir in (None, True) else cache_dir
-        source = (reference.fingerprint, len(reference), tuple(reference.image_shape)) if reference is not None else ()
         self._given = None if reference_statistics is None else read_statistics(reference_statistics)
+        self.reference_name = None if reference is None else reference.name
+        source = () if reference is None else (reference.fingerprint, len(reference), tuple(reference.image_shape))
         if self._given is not None:
             self._check_size(getattr(extractor, "num_features", None))
+            self.reference_name = self.reference_name or Path(reference_statistics).stem
             source += (hashlib.sha256(self._given.mu.tobytes() + self._given.sigma.tobytes()).hexdigest(),)
-        self.reference_name = Path(reference_statistics).stem if reference is None and self._given else None
-        if reference is not None:
-            self.reference_name = reference.name
         self.reference_key = hashlib.sha256(repr((source, self.name, _fingerprint(extractor))).encode()).hexdigest()
         self._statistics = None
 
@@ -451,6 +439,25 @@ class Evaluator:
         return torch.cat([part[:count] for part, count in zip(parts, shapes[:, 0].tolist(), strict=True)])
 
 
+def _check_metrics(metrics: tuple[str, ...], extractor) -> None:
+    for metric in metrics:
+        require(metric in MIN_IMAGES, "metrics", metric, f"of {sorted(MIN_IMAGES)}")
+    require(len(metrics) > 0, "metrics", metrics, f"one or more of {sorted(MIN_IMAGES)}")
+    if not isinstance(extractor, torch.nn.Module):
+        raise TypeError(f"`extractor` must be a FeatureClassifier or InceptionExtractor, got {type(extractor)}.")
+    has_logits = getattr(extractor, "has_logits", True)
+    require(has_logits or "is" not in metrics, "metrics", metrics, "free of 'is' for features without classes")
+
+
+def _check_reference(reference, metrics: tuple[str, ...], without_images: set[str]) -> None:
+    """`without_images` are the metrics that need no reference images."""
+    attributes = ("__len__", "__getitems__", "image_shape", "name", "fingerprint")
+    if reference is None:
+        require(set(metrics) <= without_images, "reference", None, f"a data set for the metrics {metrics}")
+    elif not all(hasattr(reference, attribute) for attribute in attributes):
+        raise TypeError(f"`reference` must be an ImageData, with {attributes}, got {type(reference)}.")
+
+
 def extract_features(
     judges: Sequence[Evaluator], batches: Iterable[torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -464,16 +471,15 @@ def extract_features(
         `list[tuple[torch.Tensor, torch.Tensor]]`: for each judge features (n, D) and logits (n, K) of the images of
         all processes, in rank order.
     """
-    reference = judges[0].reference
-    shape, of = (None, "the first batch")
-    if reference is not None:
-        shape, of = tuple(reference.image_shape), f"the reference {reference.name!r}"
+    reference = next((judge.reference for judge in judges if judge.reference is not None), None)
+    shape = None if reference is None else tuple(reference.image_shape)
+    whose = "the first batch" if reference is None else f"the reference {reference.name!r}"
     rows = [[] for _ in judges]
     count = 0
     for batch in batches:
         images = as_uint8(batch, first=count)
         shape = shape or tuple(images.shape[1:])
-        require(images.shape[1:] == shape, "images", tuple(images.shape[1:]), f"{shape}, as {of}")
+        require(images.shape[1:] == shape, "images", tuple(images.shape[1:]), f"{shape}, as {whose}")
         if len(images):
             for judge, own in zip(judges, rows, strict=True):
                 own.append(judge.extract(images))

@@ -92,8 +92,9 @@ class Panel:
         require(not twice, "judges", twice, "of different names or roles")
         may_judge = any(judge.role != "guide" for judge in judges)
         require(may_judge, "judges", titles, "of another role than 'guide', one at least")
-        sources = {None if judge.reference is None else judge.reference.fingerprint for judge in judges}
-        require(len(sources - {None}) <= 1, "judges", sorted(map(str, sources)), "of one reference")
+        references = {judge.reference.fingerprint: judge.reference for judge in judges if judge.reference is not None}
+        names = sorted(reference.name for reference in references.values())
+        require(len(references) <= 1, "judges", names, "of one reference")
         order = list(ROLES)
         self.judges = tuple(sorted(judges, key=lambda judge: order.index(judge.role)))
         self.main = self.judges[0]
