@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -19,7 +20,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusers_rcfd import EvaluationResult, Evaluator, FeatureClassifier, RCFDPipeline, RCFDScheduler
-from diffusers_rcfd.evaluation.inception import INCEPTION_FILE, InceptionExtractor
+from diffusers_rcfd.evaluation.inception import INCEPTION_FILE, INCEPTION_URL, InceptionExtractor
 from diffusers_rcfd.evaluation.metrics import (
     bootstrap_interval,
     fd_with_influence,
@@ -28,6 +29,9 @@ from diffusers_rcfd.evaluation.metrics import (
     inception_score_with_influence,
     kid_with_blocks,
 )
+from diffusers_rcfd.evaluation.neighbours import draw_neighbours, find_neighbours
+from diffusers_rcfd.evaluation.panel import Panel
+from diffusers_rcfd.evaluation.pixels import PixelExtractor
 from diffusers_rcfd.evaluation.sampling import generate_images, image_generator, initial_noise
 from tests.toys import tiny_unet
 
@@ -315,6 +319,8 @@ def test_result_says_what_was_measured():
         "extractor": "resnet18-fashion",
         "reference": "random",
         "num_reference_images": 70,
+        "role": None,
+        "accuracy": None,
     }
     assert stored["metrics"]["fd"] == {
         "label": "FD(resnet18-fashion)",
@@ -426,6 +432,99 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
         evaluator(cache_dir=tmp_path / "file" / "folder").evaluate(random_images(40))
 
 
+# Statistics from files
+
+
+@pytest.mark.parametrize("name", ["reference.npz", "reference.pt"])
+def test_statistics_of_the_reference_are_written_and_read(tmp_path, name):
+    first = evaluator("fd")
+    expected = first.evaluate(random_images(40))
+    first.save_reference_statistics(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+    alone = evaluator(("fd", "is"), reference=None, reference_statistics=tmp_path / name)
+    result = alone.evaluate(random_images(40))
+    assert result.metrics["fd"] == expected.metrics["fd"]
+    assert result.reference == "reference" and result.reference_key != expected.reference_key
+    assert result.num_reference_images == (70 if name.endswith("npz") else None)
+
+    reference = RandomImages(70)
+    both = evaluator("fd", reference=reference, reference_statistics=tmp_path / name)
+    assert both.evaluate(random_images(40)).metrics["fd"] == expected.metrics["fd"] and reference.reads == 0
+    kid = evaluator(("fd", "kid"), reference=reference, reference_statistics=tmp_path / name)
+    assert kid.evaluate(random_images(40))["fd"] == expected["fd"] and reference.reads == 70
+    with pytest.raises(ValueError, match="`reference` must be a data set for the metrics"):
+        evaluator("kid", reference=None, reference_statistics=tmp_path / name)
+
+
+def test_statistics_of_torch_fidelity_are_read(tmp_path):
+    features = features_of(TinyClassifier(), RandomImages(70).images).features
+    torch.save(fid_features_to_statistics(features), tmp_path / "digits-stat-fid-2048.pt")
+    given = evaluator("fd", reference=None, reference_statistics=tmp_path / "digits-stat-fid-2048.pt")
+    assert given.evaluate(random_images(40))["fd"] == pytest.approx(
+        evaluator("fd").evaluate(random_images(40))["fd"], rel=1e-4
+    )
+
+
+def test_statistics_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("small.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez("odd.npz", mu=np.zeros(6), sigma=np.eye(5))
+    np.savez("nan.npz", mu=np.zeros(6), sigma=np.full((6, 6), np.nan))
+    np.savez("other.npz", mean=np.zeros(6))
+    Path("evil.pt").write_bytes(pickle.dumps({"mu": Unpickled(), "sigma": 0}, protocol=2))
+    options = {"metrics": "fd", "reference": None}
+    classifier = TinyClassifier()
+    classifier.num_features = 6
+    for file, words in (
+        ("small.npz", "must be of 6 dimensions, as the features of tiny, got 5"),
+        ("odd.npz", r"must be of shapes \(D,\) and \(D, D\), got \(\(6,\), \(5, 5\)\)"),
+        ("nan.npz", "must be finite"),
+        ("other.npz", "must hold 'mu' and 'sigma', got 'other.npz'"),
+        ("evil.pt", "must hold 'mu' and 'sigma', got 'evil.pt'"),
+    ):
+        with pytest.raises(ValueError, match=f"`reference_statistics` {words}"):
+            evaluator(extractor=classifier, reference_statistics=file, **options)
+    assert not Path("unpickled").exists()
+    with pytest.raises(FileNotFoundError, match="`reference_statistics` must be a file, got 'absent.npz'"):
+        evaluator(reference_statistics="absent.npz", **options)
+    late = evaluator(reference_statistics="small.npz", **options)  # of an extractor that does not tell its size
+    with pytest.raises(ValueError, match="`reference_statistics` must be of 6 dimensions, as the features of tiny"):
+        late.evaluate(random_images(20))
+    with pytest.raises(ValueError, match="`path` must be a name that ends in '.npz' or '.pt', got 'x.txt'"):
+        evaluator("fd").save_reference_statistics("x.txt")
+
+
+# Nearest real neighbours
+
+
+def test_copies_are_nearer_to_real_images_than_new_ones(tmp_path):
+    real, held_out, new = random_images(300, seed=1), random_images(200, seed=2), random_images(200, seed=3)
+    found = find_neighbours(new, real, held_out)
+    assert found.ratio == pytest.approx(1, abs=0.05) and found.share_of_copies < 0.05
+    difference = (new[7].float() - real.float()) / 255
+    nearest = difference.square().flatten(1).sum(1).sqrt()
+    assert found.indices[7] == nearest.argmin() and found.distances[7].item() == pytest.approx(nearest.min().item())
+
+    copies = torch.cat([real[[5, 9, 2]], new[:1]])
+    found = find_neighbours(copies, real, held_out)
+    assert found.indices[:3].tolist() == [5, 9, 2] and found.distances[:3].max() < 1e-6
+    assert found.share_of_copies == 0.75 and found.ratio == pytest.approx(0, abs=1e-6)
+    assert json.dumps(found.numbers())
+    draw_neighbours(copies, real, found, tmp_path / "neighbours.png")
+    with Image.open(tmp_path / "neighbours.png") as picture:
+        above, below = np.split(np.asarray(picture.convert("L"))[2:-2], 2)
+    width = 3 * (8 * 4 + 4)  # three copies, then an image that is none
+    assert np.array_equal(above[:, :width], below[:, :width]) and not np.array_equal(above, below)
+
+    in_features = find_neighbours(copies, real, held_out, lambda images: TinyClassifier()(images).features)
+    assert in_features.indices[:3].tolist() == [5, 9, 2]
+    with pytest.raises(ValueError, match="`held_out` must be one image or more"):
+        find_neighbours(copies, real, held_out[:0])
+    with pytest.raises(TypeError, match="`real` must be uint8, got torch.float32"):
+        find_neighbours(copies, real.float(), held_out)
+
+
 # Bad input
 
 
@@ -535,6 +634,7 @@ def test_inception_is_that_of_torch_fidelity_and_called_fid(inception_weights):
 
 
 def test_absent_inception_weights_say_what_to_fetch(tmp_path, monkeypatch):
+    assert INCEPTION_URL == feature_extractor_inceptionv3.URL_INCEPTION_V3
     with pytest.raises(FileNotFoundError, match="--inception_weights") as caught:
         InceptionExtractor(tmp_path / "absent.pth")
     for words in ("absent.pth", INCEPTION_FILE, "https://github.com/toshas/torch-fidelity/releases"):
@@ -574,7 +674,13 @@ def evaluate_in_processes(folder, accelerator):
     )
     result = measure.evaluate_pipeline(tiny_pipeline(), 23, progress=False)
     given = measure.evaluate(random_images(12)[: 12 if measure.is_main_process else 0])
-    return {"result": result.to_dict(), "given": given.to_dict(), "reads": measure.reference.reads}
+    reads = measure.reference.reads
+    measure.role = "twin"
+    pixels = Evaluator(
+        PixelExtractor(SHAPE), measure.reference, metrics="fd", role="pixels", accelerator=accelerator, cache_dir=False
+    )
+    panel = Panel([pixels, measure]).evaluate_pipeline(tiny_pipeline(), 23, progress=False)
+    return {"result": result.to_dict(), "given": given.to_dict(), "panel": panel.named_values, "reads": reads}
 
 
 def test_two_processes_give_the_value_of_one_process(tmp_path):
@@ -587,6 +693,7 @@ def test_two_processes_give_the_value_of_one_process(tmp_path):
     assert [x.pop("reads") for x in two] == [35, 36]
     assert two[0] == two[1]
     one = evaluate_in_processes(tmp_path / "one", None)
+    assert two[0]["panel"] == pytest.approx(one["panel"], rel=1e-4) and len(one["panel"]) == 6
     for key in ("result", "given"):
         values = {metric: entry["value"] for metric, entry in two[0][key].pop("metrics").items()}
         assert values == pytest.approx({m: entry["value"] for m, entry in one[key].pop("metrics").items()}, rel=1e-4)

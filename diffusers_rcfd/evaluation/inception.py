@@ -6,11 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from diffusers_rcfd.data.image_tensors import to_uint8
 
-INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
 class InceptionExtractor(torch.nn.Module):
@@ -20,24 +20,27 @@ class InceptionExtractor(torch.nn.Module):
 
     Args:
         weights_path (`str` or `os.PathLike`, *optional*): torch-fidelity's weight file, a state dict in PyTorch
-            format; by default where torch-fidelity itself would have put it, in the cache of `torch.hub`.
+            format; by default where torch-fidelity itself keeps it, in the cache of `torch.hub`.
 
     Raises:
-        FileNotFoundError: if the file is absent; nothing is downloaded.
+        FileNotFoundError: if the file is absent, for nothing is downloaded.
         ValueError: if the file holds other weights.
     """
 
     name = "inception-v3-compat"
+    num_features = 2048
 
     def __init__(self, weights_path: str | os.PathLike | None = None):
         super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         path = Path(weights_path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE))
         if not path.is_file():
             raise FileNotFoundError(
                 f"No Inception weights at `inception_weights`={str(path)!r}. Fetch {INCEPTION_FILE} from "
-                f"{URL_INCEPTION_V3} and pass its path (`--inception_weights PATH`, `InceptionExtractor(PATH)`)."
+                f"{INCEPTION_URL} and pass its path (`--inception_weights PATH`, `InceptionExtractor(PATH)`)."
             )
-        # torch-fidelity would unpickle whatever the file holds: it is given a copy of the tensors alone.
+        # torch-fidelity would unpickle whatever the file holds, so it is given a copy of the tensors alone.
         tensors_only = io.BytesIO()
         try:
             torch.save(torch.load(path, map_location="cpu", weights_only=True), tensors_only)

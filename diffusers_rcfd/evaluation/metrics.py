@@ -1,13 +1,12 @@
-"""Distances between sets of features, each with what a bootstrap of it needs. Pure functions of arrays."""
+"""Distances between sets of features, each with the contributions that a bootstrap resamples. Pure functions.
+
+torch-fidelity is imported when a metric is first computed.
+"""
 
 import warnings
 
 import numpy as np
 import torch
-from torch_fidelity.metric_fid import fid_features_to_statistics
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusers_rcfd.validation import require
 
@@ -60,15 +59,25 @@ def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
     return vectors[:, keep] * np.sqrt(values[keep])
 
 
-def fd_with_influence(features, mu2, sigma2, num_reference, label):
-    """Frechet distance, and its influence function at each image: the first-order change an image makes."""
+def mean_and_covariance(features):
+    """Mean (D,) and covariance (D, D) of features (n, D), float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
     statistics = fid_features_to_statistics(features.double())
-    mu1, sigma1 = statistics["mu"], np.atleast_2d(statistics["sigma"])
+    return statistics["mu"], np.atleast_2d(statistics["sigma"])
+
+
+def fd_with_influence(features, mu2, sigma2, num_reference, label):
+    """Frechet distance, and its influence function at each image: the first-order change an image makes.
+
+    `num_reference` is the number of reference images, or None where it is not known.
+    """
+    mu1, sigma1 = mean_and_covariance(features)
     distance, p, ranks = frechet_and_gradient(mu1, sigma1, mu2, sigma2)
     n, size = features.shape
-    if min(n, num_reference) <= size:
+    if n <= size or (num_reference is not None and num_reference <= size):
         warnings.warn(
-            f"{label} of {n} images against {num_reference}, fewer than its {size} feature dimensions can do with: "
+            f"{label} of {n} images against {num_reference}, too few for its {size} feature dimensions: "
             f"the covariances have rank {ranks[0]} and {ranks[1]}, and the value is biased.",
             stacklevel=5,
         )
@@ -81,6 +90,8 @@ def fd_with_influence(features, mu2, sigma2, num_reference, label):
 
 def inception_score_with_influence(logits, seed):
     """Inception Score (Salimans et al. 2016), mean over splits, and its influence function at each image."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
     value = isc_features_to_metric(logits, splits=10, rng_seed=seed)["inception_score_mean"]
     order = np.random.RandomState(seed).permutation(len(logits))
     log_p = logits[order].double().log_softmax(1)
@@ -95,6 +106,8 @@ def inception_score_with_influence(logits, seed):
 
 def kid_with_blocks(features, reference_features, seed):
     """Kernel Inception Distance (Binkowski et al. 2018), and its values on disjoint blocks of both sets."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     features, reference_features = features.double(), reference_features.double()
     n = min(len(features), len(reference_features))
     size = min(1000, n)
@@ -113,6 +126,8 @@ def kid_with_blocks(features, reference_features, seed):
 
 def precision_recall_with_hits(features, reference_features, device):
     """Improved precision and recall (Kynkaanniemi et al. 2019), with the hits that each is the mean of."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     values = prc_features_to_metric(
         features.to(device), reference_features.to(device), save_cpu_ram=True, prc_batch_size=2048, verbose=False
     )

@@ -54,15 +54,15 @@ def generate_images(
     Image i depends only on the model, `seed` and i (to float rounding), never on batch size or process count.
 
     Args:
-        pipeline (`RCFDPipeline` or `Callable`): the model; or any sampler `(noise, labels) -> images`, which gets
+        pipeline (`RCFDPipeline` or `Callable`): the model; or any sampler `(noise, labels) -> images`, which is given
             `initial_noise` (B, C, H, W) and labels (B,) or None, and returns uint8, or floats in [0, 1].
         num_images (`int`): images in the whole set.
         batch_size (`int`, defaults to 256): images at a time.
-        num_inference_steps (`int`, *optional*): steps of a pipeline, its own default where not given.
+        num_inference_steps (`int`, *optional*): steps of a pipeline; by default its own.
         seed (`int`, defaults to 0): the seed of the whole set.
         class_labels (`"balanced"`, labels (num_images,) or None, defaults to `"balanced"`): of a class-conditional
             model; `"balanced"` gives image i the class i mod number of classes. An unconditional pipeline takes
-            `"balanced"` or None, a sampler function labels or, for none, either of these.
+            `"balanced"` or None. A sampler function is given the labels, or None for `"balanced"`.
         image_shape (`tuple[int, int, int]`, *optional*): (C, H, W), for a sampler function.
         indices (`Sequence[int]`, *optional*): the images to generate, all of 0..num_images - 1 by default.
         progress (`bool`, defaults to `True`): show a progress bar.
@@ -86,7 +86,7 @@ def generate_images(
     indices = range(num_images) if indices is None else indices
 
     def batches() -> Iterator[torch.Tensor]:
-        hidden = {} if progress else {"disable": True}  # else TQDM_DISABLE has its say
+        hidden = {} if progress else {"disable": True}  # otherwise respect TQDM_DISABLE
         with tqdm(total=len(indices), desc="Generating", unit="image", delay=1, **hidden) as bar:
             for start in range(0, len(indices), batch_size):
                 batch = list(indices[start : start + batch_size])
@@ -94,7 +94,7 @@ def generate_images(
                 yield as_uint8(sample(noise, None if labels is None else labels[batch]), first=batch[0]).cpu()
                 bar.update(len(batch))
 
-    return batches()  # the arguments are checked before the first batch is asked for
+    return batches()  # a generator of its own, so that wrong arguments are found at the call
 
 
 def _sample(pipeline, num_inference_steps, noise, labels) -> torch.Tensor:
