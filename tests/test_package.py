@@ -26,12 +26,27 @@ LAYERS = [
     "data", "saving", "validation",
 ]  # fmt: skip
 # Modules that are read before any heavy library is loaded, so that `--help` answers at once.
-LIGHT = ["", "cli.options", "data.config", "distillation.rungs", "evaluation.config", "schedulers.names",
-         "trainers.config", "trainers.ladder_config", "trainers.sfd_config", "validation"]  # fmt: skip
+LIGHT = [
+    "",
+    "__main__",
+    "cli.distill",
+    "cli.sfd",
+    "data.config",
+    "distillation.rungs",
+    "evaluation.config",
+    "schedulers.names",
+    "trainers.adoption_config",
+    "trainers.config",
+    "validation",
+]
 
 # Distributions whose import name is not their own name.
 DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml"}
-EXTRA_OF = {"pipelines.onnx_runtime": "ONNX_REQUIRES"}  # of a module that an extra is for, which asks for it by name
+EXTRA_OF = {
+    "pipelines.onnx_runtime": "ONNX_REQUIRES",
+    "cli.demo": "DEMO_REQUIRES",
+    "evaluation.lite0": "JUDGES_REQUIRES",
+}  # of a module that an extra is for, which asks for it by name
 
 
 def imported_names(path: Path) -> set[str]:

@@ -70,7 +70,7 @@ def main(args: list[str] | None = None) -> None:
         stock_contenders,
         student_contender,
     )
-    from diffusers_rcfd.evaluation.evaluator import load_evaluator
+    from diffusers_rcfd.evaluation.panel import load_judges
 
     accelerator = Accelerator()
     contenders = []
@@ -78,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
         base = RCFDPipeline.from_pretrained(contest.base)
         contenders += stock_contenders(base, contest.samplers, contest.evaluations)
     contenders += [student_contender(student) for student in contest.students]
-    evaluator = load_evaluator(options, load_image_data(**vars(data)), accelerator)
+    evaluator = load_judges(options, load_image_data(**vars(data)), accelerator)
     for contender in contenders:
         contender.pipeline.to(accelerator.device)
     rows = compare(contenders, evaluator, options.num_images, seed=options.seed)

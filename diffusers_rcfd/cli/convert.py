@@ -23,7 +23,7 @@ class Conversion:
 
     checkpoint: str = field(metadata={"help": "The file: .pt, read with weights_only=True, or .safetensors of EDM."})
     output: str = field(metadata={"help": "New folder of the pipeline or the classifier."})
-    kind: str = option("unet", "'unet' (a pipeline is written), 'classifier' (a FeatureClassifier) or 'edm' (a pipeline).")
+    kind: str = option("unet", "'unet' or 'edm' (a pipeline is written), or 'classifier' (a FeatureClassifier).")
     weights: str = option("auto", "U-Net: 'ema_model', 'net_model' or 'auto', the first of them that there is.")
     num_inference_steps: int | None = option(None, "U-Net: steps to store; unset: the file's, none for a base model.")
     prediction_type: str = option("sample", "U-Net: what it predicts, 'sample' (x0) or 'epsilon'.")

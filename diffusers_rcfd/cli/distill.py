@@ -28,8 +28,9 @@ from diffusers_rcfd.trainers.ladder_config import PER_RUNG, CFDDistillationConfi
 from diffusers_rcfd.validation import option
 
 if TYPE_CHECKING:
-    from diffusers_rcfd import Evaluator, RCFDPipeline
+    from diffusers_rcfd import RCFDPipeline
     from diffusers_rcfd.evaluation.comparison import Contender
+    from diffusers_rcfd.evaluation.panel import Panel
 
 
 @dataclass
@@ -99,7 +100,7 @@ def plan_ladder(given: Given) -> list[Rung]:
 
 
 def distil_by_pd(
-    given: Given, guided: list[Rung], teacher: "RCFDPipeline | Path", measure: "Evaluator"
+    given: Given, guided: list[Rung], teacher: "RCFDPipeline | Path", measure: "Panel"
 ) -> dict[Rung, Path]:
     """Distil by pd the rungs that the classifier guides, from the same teacher; the folder of each student."""
     from diffusers_rcfd import CFDDistillationTrainer, RCFDPipeline

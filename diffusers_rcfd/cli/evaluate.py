@@ -45,13 +45,13 @@ def main(args: list[str] | None = None) -> None:
     from accelerate import Accelerator
 
     from diffusers_rcfd import RCFDPipeline, load_image_data
-    from diffusers_rcfd.evaluation.evaluator import load_evaluator
+    from diffusers_rcfd.evaluation.panel import load_judges
     from diffusers_rcfd.trainers.checkpoints import write_json
 
     accelerator = Accelerator()
     pipeline = RCFDPipeline.from_pretrained(subject.model)
     pipeline.scheduler.set_timesteps(subject.num_inference_steps)  # a wrong number is found now
-    evaluator = load_evaluator(options, load_image_data(**vars(data)), accelerator)
+    evaluator = load_judges(options, load_image_data(**vars(data)), accelerator)
     pipeline.to(accelerator.device)
     result = evaluator.evaluate_pipeline(pipeline, options.num_images, subject.num_inference_steps)
     if accelerator.is_main_process:

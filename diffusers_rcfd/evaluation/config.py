@@ -15,6 +15,15 @@ class EvaluationConfig:
     feature_extractor: str | None = option(
         None, "Classifier that measures: a folder, a Hub id or a timm name. Unset: Inception, and FD is FID."
     )
+    judges: list[str] | None = option(
+        None,
+        "Judges in place of `feature_extractor`: 'pixels', or ROLE=PLACE with a role of 'guide', 'twin' or 'foreign' "
+        "and a folder, a Hub id, a timm name, 'inception' or 'efficientnet-lite0'; PLACE@64 enlarges images to 64 "
+        "pixels.",
+    )
+    reference_statistics: str | None = option(
+        None, "File of the reference's mean and covariance (.npz with mu and sigma, or torch-fidelity's)."
+    )
     extractor_name: str | None = option(None, "What the classifier is called in reports; unset: its own name.")
     inception_weights: str | None = option(None, "torch-fidelity's Inception weights; unset: where it keeps them.")
     metrics: list[str] = option(["fd", "is"], f"Of {METRICS}; fd is FID with Inception.")

@@ -14,7 +14,8 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
-from diffusers_rcfd.data.image_tensors import to_model_range
+from diffusers_rcfd.data.datasets import as_image_dataset
+from diffusers_rcfd.data.image_tensors import to_model_range, to_uint8
 from diffusers_rcfd.evaluation.config import EvaluationConfig
 from diffusers_rcfd.evaluation.inception import InceptionExtractor
 from diffusers_rcfd.evaluation.metrics import (
@@ -191,9 +192,10 @@ class Evaluator:
     ):
         metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         _check_metrics(metrics, extractor)
+        reference = None if reference is None else as_image_dataset(reference, "reference")
         _check_reference(reference, metrics, {"is"} if reference_statistics is None else {"is", "fd"})
-        require_count("batch_size", batch_size, 1)
-        require_count("seed", seed, 0)
+        batch_size = require_count("batch_size", batch_size, 1)
+        seed = require_count("seed", seed, 0)
         require(role is None or role in ROLES, "role", role, f"None or one of {sorted(ROLES)}")
         require(accuracy is None or 0 <= accuracy <= 1, "accuracy", accuracy, "None or in 0..1")
         self.is_inception = isinstance(extractor, InceptionExtractor)
@@ -269,7 +271,7 @@ class Evaluator:
         self, pipeline, num_images: int, num_inference_steps: int | None, *, seed: int, progress: bool, **options
     ) -> Iterable[torch.Tensor]:
         """This process's share of the images that `evaluate_pipeline` evaluates, in batches."""
-        require_count("num_images", num_images, 1)
+        num_images = require_count("num_images", num_images, 1)
         self.check_number(num_images)
         options.setdefault("batch_size", self.batch_size)
         if self.reference is not None:
@@ -384,7 +386,8 @@ class Evaluator:
         hidden = {} if self.is_main_process else {"disable": True}
         bar = {"desc": f"Reading {self.reference.name}", "delay": 1} | hidden
         for start in tqdm(range(0, len(share), self.batch_size), unit="batch", **bar):
-            yield self.reference.__getitems__(list(share[start : start + self.batch_size]))["images"]
+            images = self.reference.__getitems__(list(share[start : start + self.batch_size]))["images"]
+            yield images if images.dtype == torch.uint8 else to_uint8(images)
 
     def _cache_path(self) -> Path | None:
         if self.cache_dir is False:
@@ -529,5 +532,5 @@ def load_evaluator(
         cache_dir=config.statistics_dir,
         seed=config.seed,
         accelerator=accelerator,
-        reference_statistics=getattr(config, "reference_statistics", None),
+        reference_statistics=config.reference_statistics,
     )

@@ -157,11 +157,10 @@ def load_judges(
     config: EvaluationConfig, reference: "ImageData", accelerator: "Accelerator | None" = None
 ) -> Evaluator | Panel:
     """The panel of `config.judges`; without them the one evaluator of `load_evaluator`, with the same arguments."""
-    judges = getattr(config, "judges", None)
-    if not judges:
+    if not config.judges:
         return load_evaluator(config, reference, accelerator)
     return load_panel(
-        judges,
+        config.judges,
         reference,
         metrics=config.metrics,
         accelerator=accelerator,

@@ -73,9 +73,9 @@ def generate_images(
     Raises:
         ValueError: for numbers, labels or steps not allowed, and for images that are NaN or outside [0, 1].
     """
-    require_count("num_images", num_images, 1)
-    require_count("batch_size", batch_size, 1)
-    require_count("seed", seed, 0)
+    num_images = require_count("num_images", num_images, 1)
+    batch_size = require_count("batch_size", batch_size, 1)
+    seed = require_count("seed", seed, 0)
     sample, num_classes = pipeline, None
     if hasattr(pipeline, "unet"):
         sample = partial(_sample, pipeline, num_inference_steps)
