@@ -125,14 +125,19 @@ def read_students(name: str, adoption: str, seed: int, args: argparse.Namespace)
     teacher = home / "teacher"
     if not (teacher / "model_index.json").is_file():
         train_teacher(KINDS[name], teacher, seed)
-    shared = {"teacher": teacher, **judges, "seed": seed, "adoption_steps": ADOPTION[adoption], "sample_steps": 0}
+    steps = ADOPTION[adoption]
+    shared = {"teacher": teacher, **judges, "seed": seed, "sample_steps": 0}
+    shared |= {"adoption_max_train_steps": steps} if steps else {"adopt": False}
     ladder = {"config": "digits", "student_steps": [8, 4, 2, 1], "teacher_steps": [8, 2, 2, 2]}
     ladder |= {"objective": ["pd", "rcfd", "rcfd", "rcfd"], "max_train_steps": [250, 200, 300, 300]}
     ladder |= {"temperature": [1.0, 0.8, 1.0, 1.0]}
     results = read_job("distill", home / f"ladder-{adoption}", ladder | shared)
+    adopted = home / f"ladder-{adoption}" / "adopted"
+    shared |= {"teacher": adopted} if adopted.is_dir() else {}  # made once
     for objective, label in (("l1", "SFD"), ("cfd", "CFD on SFD")):
         for N in EVALUATIONS:
             options = {"config": "digits_sfd", "student_steps": N, "objective": objective} | shared
+            options |= {"l1_weight": 0} if objective == "l1" else {}
             found = read_job("sfd", home / f"{objective}-{N}-{adoption}", options)
             own = [
                 value for (steps, method), value in found.items() if steps == N and method not in ("DDIM", "teacher")
