@@ -6,7 +6,7 @@ The public names are loaded when first used: importing the package imports neith
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Each public name and the module that defines it.
 _MODULE_OF = {
