@@ -74,7 +74,7 @@ def test_every_timm_module_is_among_them():
         ("PerceiverImageProcessor", {}, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], False),  # crops first
         ("ConvNextImageProcessor", {"size": {"shortest_edge": 64}, "crop_pct": 0.5}, 64, 0.5, 0.5, False),
         ("LevitImageProcessor", {}, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], False),
-        ("PPLCNetImageProcessor", {}, 224, [0.406, 0.456, 0.485], [0.225, 0.224, 0.229], True),  # BGR
+        ("PPLCNetImageProcessor", {}, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], True),  # BGR, turned last
         ("BitImageProcessor", {"do_rescale": False, "do_normalize": False}, 224, 0.0, 1 / 255, False),
         ("ViTImageProcessor", {"do_resize": False}, None, 0.5, 0.5, False),
         ("CLIPImageProcessor", {"do_center_crop": False, "size": {"shortest_edge": 40}}, 40, 0.5, 0.5, False),

@@ -117,10 +117,12 @@ def load_timm(
     from timm.data import resolve_model_data_config
 
     if name.startswith(_TIMM_PREFIXES):
-        place, folder = name, _timm_folder(name, revision, token, pretrained)
+        place = name.partition(":")[2]
+        folder = _timm_folder(name, revision, token, pretrained)
         name = f"local-dir:{folder}"
     else:
-        place, folder = name, None
+        place = name
+        folder = None
         _timm_config(name)
     sizes = {"num_classes": num_classes, "in_chans": in_channels}
     model = _create_timm(name, place, folder, pretrained, sizes, extra)
@@ -159,10 +161,14 @@ def _create_timm(
         return timm.create_model(name, pretrained=False, **sizes, **extra)
     try:
         with explain_hub_errors(place):
-            model = timm.create_model(name, pretrained=True, in_chans=sizes["in_chans"], **extra)  # strict
+            model = timm.create_model(name, pretrained=True, in_chans=sizes["in_chans"], **extra)
+        trained = model.pretrained_cfg["num_classes"]
+        if trained != model.num_classes:  # else timm has loaded all weights or raised
+            raise RuntimeError(f"it tells of {trained} classes and builds a network for {model.num_classes}")
     except RuntimeError as error:
         if folder is None or num_classes is None:
-            raise ValueError(f"The weights of {place!r} must fit its config: {error}") from error
+            reason = f"{error}. Give `num_classes` for a new last layer; no other layer is made anew."
+            raise ValueError(f"The weights of {place!r} must fit its config: {reason}") from error
         model = timm.create_model(name, pretrained=False, **sizes, **extra)
         _load_all_but_last_layer(model, folder, place)
         return model
