@@ -4,13 +4,16 @@
 
 A small network of random weights of each family is saved by its own library, loaded by `load_feature_classifier` and
 compared: the pixels that are fed, the logits, and the features. It writes `classifiers.md`. It takes about ten minutes
-on one CPU core and downloads nothing.
+on one CPU core and downloads nothing. What was measured is in `runs/classifiers` and is not measured again.
 """
 
+import json
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -33,6 +36,7 @@ from tests.classifier_families import (  # noqa: E402
     transformers_agreement,
 )
 
+DONE = ROOT / "runs/classifiers"
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "diffusers")
 HEADER = """\
 | {} | network | size | cropped from | pixels | resized | logits | features | length |
@@ -77,16 +81,25 @@ square ones (Donut's default, MobileViT's default; their published checkpoints h
 def main() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    timm_rows, transformers_rows = [], []
-    for name in tqdm(TIMM_MODELS):
-        with tempfile.TemporaryDirectory() as folder:
-            timm_rows.append((module_of(name), name, timm_agreement(name, Path(folder))))
+    timm_rows = [(module_of(name), name, measure(name, timm_agreement, name)) for name in tqdm(TIMM_MODELS)]
     missing = [] if find_spec("natten") else ["dinat"]
-    for family, name in tqdm(TRANSFORMERS_MODELS):
-        if family not in missing:
-            with tempfile.TemporaryDirectory() as folder:
-                transformers_rows.append((family, name, transformers_agreement(family, name, Path(folder))))
+    transformers_rows = [
+        (family, name, measure(name, transformers_agreement, family, name))
+        for family, name in tqdm(TRANSFORMERS_MODELS)
+        if family not in missing
+    ]
     (ROOT / "benchmarks/classifiers.md").write_text(report(timm_rows, transformers_rows, missing))
+
+
+def measure(name: str, agreement: Callable[..., Agreement], *arguments: str) -> Agreement:
+    """Compare one network, or read what an earlier run of this program found."""
+    path = DONE / f"{name}.json"
+    if not path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            found = agreement(*arguments, Path(folder))
+        DONE.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(found)))
+    return Agreement(**json.loads(path.read_text()))
 
 
 def module_of(name: str) -> str:

@@ -183,7 +183,7 @@ def save_transformers(family: str, name: str, folder: Path, processor: dict | No
     options = {"num_labels": CLASSES, **few, **_NETWORKS.get(family, {}), **options}
     network = getattr(transformers, name)(config(**options))
     train_a_little(network).save_pretrained(folder)
-    own = (IMAGE_PROCESSOR_MAPPING_NAMES[family] or {}).get("torchvision")
+    own = (IMAGE_PROCESSOR_MAPPING_NAMES.get(family) or {}).get("torchvision")
     kind, defaults = _PROCESSORS.get(family, (own, {}))
     if kind is not None:  # a wrapper of timm keeps it in the config
         getattr(transformers, kind)(**(defaults if processor is None else processor)).save_pretrained(folder)

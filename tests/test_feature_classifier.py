@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -252,6 +253,25 @@ def test_gradients_reach_the_images_through_a_frozen_classifier(library, checkpo
     model(images).features.square().sum().backward()
     assert images.grad.abs().amax(dim=(1, 2, 3)).min() > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_compiling_breaks_no_graph(library, checkpoints):
+    """The features are kept inside of the graph; a copy of the classifier keeps its own."""
+    model = small_resnet() if library == "timm" else FeatureClassifier.from_backbone(checkpoints["vit"])
+    copied = copy.deepcopy(model.freeze())
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)
+    for seed in (0, 1):
+        images = images_of(seed=seed).requires_grad_()
+        output, expected = compiled(images), copied(images)
+        assert torch.equal(output.logits, expected.logits) and torch.equal(output.features, expected.features)
+        output.features.square().sum().backward()
+        assert images.grad.abs().max() > 0
+    for parameter in copied.parameters():
+        parameter.mul_(0.9)
+    assert not torch.equal(copied(images).features, expected.features)
+    assert torch.equal(model(images).features, expected.features)
 
 
 def test_closed_form_gradient_of_the_normalisation():
@@ -549,7 +569,9 @@ def damaged(tmp_path, timm_folder, checkpoints):
 def test_last_layer_that_is_missing_or_does_not_fit(library, fault, damaged, timm_folder, checkpoints, caplog):
     """Refused, unless `num_classes` asks for a new one, which is then said to be untrained."""
     folder = damaged(library, fault)
-    with pytest.raises(ValueError, match=f"(?s)weights of '.*{library}' must fit its config.*(fc|classifier|4 classes)"):
+    with pytest.raises(
+        ValueError, match=f"(?s)weights of '.*{library}' must fit its config.*(fc|classifier|4 classes)"
+    ):
         load_feature_classifier(folder)
     for num_classes in (3, 4, 5):
         caplog.clear()
