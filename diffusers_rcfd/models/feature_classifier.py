@@ -135,7 +135,9 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
     ) -> "FeatureClassifier":
         """Make a classifier of a timm model or a transformers image-classification checkpoint.
 
-        Size, mean, standard deviation and interpolation are those of the backbone's own data config.
+        Size, mean, standard deviation, channel order and interpolation are what feeds the backbone in its own library:
+        timm's data config, or what transformers' image processor does to images, which is measured. Images are not
+        cropped, so that a generator is compared on all of them.
 
         Args:
             name_or_path (`str`): timm model (its name, `timm/<name>`, `hf-hub:<repository>`, `local-dir:<folder>`) or
@@ -382,7 +384,8 @@ def load_feature_classifier(
         `FeatureClassifier` in eval mode, trainable (see `freeze`).
 
     Raises:
-        ValueError: the name is none of these, its weights are pickled, or an argument does not fit what was saved.
+        ValueError: as in `FeatureClassifier.from_backbone` and `from_pretrained`, or an argument does not fit what was
+            saved.
     """
     hub = {"revision": revision, "token": token}
     kind, name = find_source(str(name_or_path), **hub)
