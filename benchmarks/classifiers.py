@@ -67,8 +67,8 @@ Largest over all families: pixels {pixels:.1e}, resized {resized:.2f} grey level
 VOLO adds to its logits those of an auxiliary layer for each token: the features are the input of the main layer, and
 so do not give all of the logits.
 
-Refused, each with the reason: {refused}, whose networks take no images; processors that pad images or feed other than
-square ones (Donut's default, MobileViT's default; their published checkpoints have other settings).
+Refused, each with the reason: {refused}, whose networks take no images; and processors that pad
+images or feed other than square ones. The defaults of Donut and of MobileViT do: they are compared with other sizes.
 {skipped}
 ## timm, {timm} networks of {modules} modules
 
