@@ -1,13 +1,16 @@
+import copy
 import json
 import os
 import shutil
 import socket
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 from torchvision.transforms import Normalize
@@ -25,7 +28,10 @@ from diffusers_rcfd.models.feature_classifier import (
     FeatureClassifierOutput,
     load_feature_classifier,
 )
+from tests.fake_hub import FakeHub
 
+LOOK_UP = socket.getaddrinfo
+HEAD = ("weight", "bias")
 SMALL_RESNET = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 SMALL_DENSENET = {"growth_rate": 4, "block_config": [1, 1, 1, 1]}
 SMALL_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -213,13 +219,6 @@ def test_distilled_timm_head_gives_its_own_logits():
     assert torch.equal(output.logits, model.network(images_of())) and output.features.shape == (2, model.num_features)
 
 
-def test_token_labelling_timm_head_gives_its_own_logits():
-    model = FeatureClassifier("volo_d1_224", num_classes=4, image_size=32).eval()  # 26 M weights: takes no smaller
-    output = model(images_of(size=32))
-    torch.testing.assert_close(output.logits, model.network(images_of(size=32)))
-    assert output.features.shape == (2, model.num_features)
-
-
 def test_transformers_last_layer_among_others_of_its_width():
     config = {**TRANSFORMERS_CONFIGS["vit"].to_dict(), "id2label": None, "num_labels": 16}  # its hidden size
     model = FeatureClassifier("vit", library="transformers", num_classes=16, backbone_config=config).eval()
@@ -243,7 +242,6 @@ def test_transformers_checkpoint_gives_its_own_logits_and_last_features(name, ch
     last = [module for module in source.modules() if isinstance(module, nn.Linear)][-1]
     torch.testing.assert_close(output.logits, last(output.features), atol=1e-5, rtol=1e-5)
     assert output.features.shape == (2, model.num_features) and model.num_classes == 5
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
@@ -255,6 +253,25 @@ def test_gradients_reach_the_images_through_a_frozen_classifier(library, checkpo
     model(images).features.square().sum().backward()
     assert images.grad.abs().amax(dim=(1, 2, 3)).min() > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_compiling_breaks_no_graph(library, checkpoints):
+    """The features are kept inside of the graph; a copy of the classifier keeps its own."""
+    model = small_resnet() if library == "timm" else FeatureClassifier.from_backbone(checkpoints["vit"])
+    copied = copy.deepcopy(model.freeze())
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)
+    for seed in (0, 1):
+        images = images_of(seed=seed).requires_grad_()
+        output, expected = compiled(images), copied(images)
+        assert torch.equal(output.logits, expected.logits) and torch.equal(output.features, expected.features)
+        output.features.square().sum().backward()
+        assert images.grad.abs().max() > 0
+    for parameter in copied.parameters():
+        parameter.mul_(0.9)
+    assert not torch.equal(copied(images).features, expected.features)
+    assert torch.equal(model(images).features, expected.features)
 
 
 def test_closed_form_gradient_of_the_normalisation():
@@ -499,9 +516,8 @@ def test_only_safetensors_are_written(tmp_path):
     assert not (tmp_path / "pickled").exists()
 
 
-@pytest.mark.parametrize("name", ["resnet81", "./resnet18", "a/b/resnet18", "nobody-here/resnet18"])
-def test_unknown_name(name, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("name", ["resnet81", "./resnet18", "a/b/resnet18"])
+def test_unknown_name(name):
     with pytest.raises(ValueError, match=f"{name}.*resnet18.*Allowed: .*transformers.*timm"):
         load_feature_classifier(name)
 
@@ -514,6 +530,215 @@ def test_folders_that_are_no_classifier(tmp_path):
         load_feature_classifier(str(tmp_path))
 
 
+# Weights that a checkpoint lacks
+
+
+def edit_config(folder, **values):
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def edit_weights(path, change):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def damaged(tmp_path, timm_folder, checkpoints):
+    """Copy a checkpoint of timm or transformers without its last layer, or with another size of it in the config."""
+
+    def damage(library, fault):
+        source = timm_folder if library == "timm" else checkpoints["vit"]
+        folder = shutil.copytree(source, tmp_path / library)
+        if fault == "headless":
+            head = "fc." if library == "timm" else "classifier."
+            edit_weights(folder / "model.safetensors", lambda weights: [weights.pop(head + key) for key in HEAD])
+        elif library == "timm":
+            edit_config(folder, num_classes=4)
+        else:
+            labels = {str(number): f"label {number}" for number in range(4)}
+            edit_config(folder, id2label=labels, label2id={value: int(key) for key, value in labels.items()})
+        return str(folder)
+
+    return damage
+
+
+@pytest.mark.parametrize("fault", ["headless", "other size"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_last_layer_that_is_missing_or_does_not_fit(library, fault, damaged, timm_folder, checkpoints, caplog):
+    """Refused, unless `num_classes` asks for a new one, which is then said to be untrained."""
+    folder = damaged(library, fault)
+    with pytest.raises(
+        ValueError, match=f"(?s)weights of '.*{library}' must fit its config.*(fc|classifier|4 classes)"
+    ):
+        load_feature_classifier(folder)
+    for num_classes in (3, 4, 5):
+        caplog.clear()
+        model = load_feature_classifier(folder, num_classes=num_classes)
+        fits = fault == "other size" and num_classes == 5  # what its weights are for
+        said = [record.message for record in caplog.records if "is new and untrained" in record.message]
+        assert len(said) == (not fits)
+        assert fits or f"last layer of {folder}, for {num_classes} classes, is" in said[0]
+        whole = load_feature_classifier(timm_folder if library == "timm" else checkpoints["vit"])
+        output, expected = model(images_of(size=32)), whole(images_of(size=32))
+        assert output.logits.shape == (2, num_classes)
+        torch.testing.assert_close(output.features, expected.features, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_other_layers_that_are_missing_are_refused(library, num_classes, damaged, caplog):
+    """Also where a new last layer is asked for."""
+    folder = damaged(library, "none")
+    config = {"num_classes": 5} if library == "timm" else {"id2label": None, "label2id": None, "num_labels": 5}
+    edit_config(folder, **config)
+    key = "conv1.weight" if library == "timm" else "vit.embeddings.cls_token"
+    edit_weights(Path(folder) / "model.safetensors", lambda weights: weights.pop(key))
+    with pytest.raises(ValueError, match=f"(?s)weights of '.*{library}' must fit its config.*{key}"):
+        load_feature_classifier(folder, num_classes=num_classes)
+
+
+def test_new_classes_of_a_whole_checkpoint_are_said_to_be_untrained(timm_folder, checkpoints, caplog):
+    for folder in (timm_folder, checkpoints["resnet"]):
+        load_feature_classifier(folder)
+        load_feature_classifier(folder, num_classes=5)
+        assert "untrained" not in caplog.text
+        load_feature_classifier(folder, num_classes=3)
+        assert f"The last layer of {folder}, for 3 classes, is new and untrained." in caplog.text
+        caplog.clear()
+
+
+def test_saved_weights_that_do_not_fit_their_config_are_refused(tmp_path):
+    """Of our own: missing ones would be random."""
+    small_resnet().save_pretrained(tmp_path)
+    edit_weights(tmp_path / "diffusion_pytorch_model.safetensors", lambda weights: weights.pop("network.fc.bias"))
+    with pytest.raises(ValueError, match=f"weights of '.*{tmp_path.name}' must fit its config.*network.fc.bias"):
+        FeatureClassifier.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers", "saved"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(kind, value, tmp_path, timm_folder, checkpoints):
+    if kind == "saved":
+        small_resnet().save_pretrained(tmp_path / kind)
+    else:
+        shutil.copytree(timm_folder if kind == "timm" else checkpoints["vit"], tmp_path / kind)
+    (path,) = (tmp_path / kind).glob("*.safetensors")
+    edit_weights(path, lambda weights: weights[max(weights)].view(-1)[:1].fill_(value))
+    with pytest.raises(ValueError, match=f"weights of '.*{kind}' must be finite"):
+        load_feature_classifier(str(tmp_path / kind))
+
+
+def test_own_code_is_refused_without_a_question(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the console"))
+    code = {"AutoConfig": "mine.Config", "AutoModelForImageClassification": "mine.Model"}
+    shutil.copytree(checkpoints["vit"], tmp_path / "model")
+    edit_config(tmp_path / "model", model_type="mine", auto_map=code)
+    with pytest.raises(ValueError, match="'.*model' is of a model type unknown .* 'mine' and brings its own code"):
+        load_feature_classifier(str(tmp_path / "model"))
+    shutil.copytree(checkpoints["vit"], tmp_path / "processor")
+    path = tmp_path / "processor/preprocessor_config.json"
+    path.write_text(json.dumps({"image_processor_type": "Mine", "auto_map": {"AutoImageProcessor": "mine.Mine"}}))
+    with pytest.raises(ValueError, match="(?s)cannot prepare images as '.*processor' does: .*custom code"):
+        load_feature_classifier(str(tmp_path / "processor"))
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "\u0000", "[" * 100_000])
+def test_damaged_config(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json of '.*{tmp_path.name}' (is damaged|must hold an object)"):
+        load_feature_classifier(str(tmp_path))
+
+
+def test_transformers_model_that_is_no_image_classifier_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=f"'.*{tmp_path.name}' must be an image classifier, got 'bert'"):
+        load_feature_classifier(str(tmp_path), pretrained=False)
+
+
+# The Hub's reasons
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub at this machine that the clients of this process take for the one."""
+    constants = huggingface_hub.constants
+    with FakeHub() as hub:
+        monkeypatch.setattr(socket, "getaddrinfo", LOOK_UP)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        huggingface_hub.close_session()
+        yield hub
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def published(hub, timm_folder, checkpoints):
+    """The names of repositories at the Hub: of timm, of transformers, and of each with a pickle alone."""
+    for name, folder in (("timm", timm_folder), ("vit", checkpoints["vit"])):
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        hub.add_repo(f"anna/{name}", files)
+        pickled = {key: value for key, value in files.items() if not key.endswith(".safetensors")}
+        hub.add_repo(f"anna/{name}-pickled", pickled | {"pytorch_model.bin": b"\x80\x02."})
+        hub.add_repo(f"anna/{name}-private", files, private=True)
+    hub.add_repo("anna/notes", {"README.md": b"# Notes"})
+    return hub
+
+
+@pytest.mark.parametrize("name", ["anna/vit", "anna/timm"])
+def test_offline_mode_reads_the_cache_and_says_so_where_it_is_empty(name, published, monkeypatch):
+    online = load_feature_classifier(name)(images_of(size=32)).logits
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    torch.testing.assert_close(load_feature_classifier(name)(images_of(size=32)).logits, online)
+    with pytest.raises(ValueError, match="^'anna/other' is not in the cache, and offline mode is on"):
+        load_feature_classifier("anna/other")
+    with pytest.raises(ValueError, match=f"^`revision` 'v2' of '{name}' is not in the cache, and offline mode is on"):
+        load_feature_classifier(name, revision="v2")
+    with pytest.raises(ValueError, match="^'resnet18' is not in the cache, and offline mode is on"):
+        load_feature_classifier("resnet18")
+
+
+@pytest.mark.parametrize(("prefix", "name"), [("", "anna/vit"), ("", "anna/timm"), ("hf-hub:", "anna/timm")])
+def test_reasons_of_the_hub(prefix, name, published):
+    with pytest.raises(ValueError, match=f"^`revision` 'v2' of '{name}' is not on the Hub"):
+        load_feature_classifier(prefix + name, revision="v2")
+    with pytest.raises(
+        ValueError, match=f"'{name}-pickled' must hold model.safetensors: pickled weights can run code"
+    ):
+        load_feature_classifier(f"{prefix}{name}-pickled")
+    with pytest.raises(
+        ValueError, match=f"No classifier '{name}-private' .* or it is private: then run `hf auth login`"
+    ):
+        load_feature_classifier(f"{prefix}{name}-private", token=False)
+    load_feature_classifier(f"{prefix}{name}-private", token="hf_anna_may_write")
+
+
+def test_repository_without_a_classifier(published):
+    with pytest.raises(ValueError, match="^'anna/notes' is on the Hub, but holds no classifier"):
+        load_feature_classifier("anna/notes")
+
+
+def test_hub_out_of_reach(hub, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between two tries
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/{filename}")
+    with pytest.raises(ValueError, match="^'anna/vit' is not in the cache, and the Hub is out of reach"):
+        load_feature_classifier("anna/vit")
+
+
+# Arguments
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -522,6 +747,11 @@ def test_folders_that_are_no_classifier(tmp_path):
         ({"num_classes": 0}, "`num_classes`.*0"),
         ({"in_channels": 0}, "`in_channels`.*0"),
         ({"image_size": 0}, "`image_size`.*0"),
+        ({"image_size": 100_000}, "`image_size`.*to 4096, got 100000"),
+        ({"num_classes": 10**12}, "`num_classes`.*to 1000000, got 1000000000000"),
+        ({"num_classes": True}, "`num_classes`.*True"),
+        ({"backbone_config": {"chanels": [8]}}, "`backbone_config`.*'resnet18'.*'chanels'"),
+        ({"backbone_config": {"channels": [10**9] * 4}}, "`backbone_config`.*'resnet18'.*1000000000"),
         ({"image_mean": [0.5, 0.5]}, r"`image_mean`.*3.*\[0.5, 0.5\]"),
         ({"image_std": 0.0}, "`image_std`.*0.0"),
         ({"backbone": "resnet81"}, "'resnet81'.*resnet18"),

@@ -20,15 +20,18 @@ from diffusers_rcfd.models.classifier_backbones import (
     build_timm,
     build_transformers,
     find_source,
-    last_linear,
+    last_layers,
     load_timm,
     load_transformers,
+    require_finite,
     set_small_stem,
 )
 from diffusers_rcfd.saving import saved_whole
+from diffusers_rcfd.validation import is_count, require
 
 _LIBRARIES = ("timm", "transformers")
 _INTERPOLATIONS = ("bicubic", "bilinear")
+_LARGEST = {"num_classes": 1_000_000, "in_channels": 1024, "image_size": 4096}  # beyond is a mistake, not a wish
 _PUBLISHING = {"commit_message", "private", "token", "create_pr"}
 
 
@@ -38,7 +41,9 @@ class FeatureClassifierOutput(BaseOutput):
 
     Args:
         logits (`torch.Tensor` of shape (B, K)): class scores before the softmax.
-        features (`torch.Tensor` of shape (B, D)): input of the last layer, F in Eq. 3 and 4 of the RCFD paper.
+        features (`torch.Tensor` of shape (B, D)): input of the last linear layer, F in Eq. 3 and 4 of the RCFD paper.
+            Where that layer is applied at each position (a 1x1 convolution before the pooling), their mean. Where the
+            network averages the logits of several last layers (distilled ViT, CrossViT), their inputs side by side.
     """
 
     logits: torch.Tensor
@@ -94,13 +99,12 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         backbone_config: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if library not in _LIBRARIES:
-            raise ValueError(f"`library` must be one of {_LIBRARIES}, got {library!r}.")
-        if interpolation not in _INTERPOLATIONS:
-            raise ValueError(f"`interpolation` must be one of {_INTERPOLATIONS}, got {interpolation!r}.")
-        for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
-            if not (value is None and name == "image_size") and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        require(library in _LIBRARIES, "library", library, f"one of {_LIBRARIES}")
+        require(interpolation in _INTERPOLATIONS, "interpolation", interpolation, f"one of {_INTERPOLATIONS}")
+        _require_size("num_classes", num_classes)
+        _require_size("in_channels", in_channels)
+        if image_size is not None:
+            _require_size("image_size", image_size)
 
         self._set_normalisation(torch.device("cpu"))
         backbone_config = dict(backbone_config or {})
@@ -110,6 +114,9 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
             self.network = build_transformers(backbone, num_classes, in_channels, backbone_config)
         if small_stem:
             set_small_stem(self.network, in_channels, backbone)
+        self._inputs: list[torch.Tensor] = []  # of the last layers, while the network runs
+        for layer in last_layers(self.network, num_classes):
+            layer.register_forward_pre_hook(self._keep_input)
 
     @classmethod
     def from_backbone(
@@ -128,14 +135,17 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
     ) -> "FeatureClassifier":
         """Make a classifier of a timm model or a transformers image-classification checkpoint.
 
-        Size, mean, standard deviation and interpolation are those of the backbone's own data config.
+        Size, mean, standard deviation, channel order and interpolation are what feeds the backbone in its own library:
+        timm's data config, or what transformers' image processor does to images, which is measured. Images are not
+        cropped, so that a generator is compared on all of them.
 
         Args:
             name_or_path (`str`): timm model (its name, `timm/<name>`, `hf-hub:<repository>`, `local-dir:<folder>`) or
                 transformers checkpoint (local folder or Hub repository).
             pretrained (`bool`, defaults to True): load the weights, and return in eval mode; else random weights, in
                 train mode.
-            num_classes (`int`, *optional*): defaults to the backbone's own; another number gives a new last layer.
+            num_classes (`int`, *optional*): defaults to the backbone's own. Another number gives a new last layer, and
+                so does any where the checkpoint's own is missing or does not fit; that it is untrained is logged.
             in_channels (`int`, *optional*): defaults to the backbone's own. Pretrained transformers weights cannot
                 change it.
             small_stem (`bool`, defaults to False): see the class; the first convolution's weights are then new.
@@ -150,7 +160,9 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
             `FeatureClassifier`, trainable (see `freeze`).
 
         Raises:
-            ValueError: the name is none of these, its weights are pickled, or an argument does not fit the backbone.
+            ValueError: the name is none of these, the Hub does not give it, its weights are pickled, do not fit its
+                config or are not finite, its images are prepared in a way that `FeatureClassifier` cannot follow, or
+                an argument does not fit the backbone.
         """
         hub = {"revision": revision, "token": token}
         kind, name = find_source(str(name_or_path), **hub)
@@ -158,6 +170,8 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
             raise ValueError(f"`name_or_path` {name!r} was saved by FeatureClassifier: load it with from_pretrained.")
         if image_size != "auto" and isinstance(image_size, str):
             raise ValueError(f"`image_size` must be an integer of at least 1, None or 'auto', got {image_size!r}.")
+        if num_classes is not None:
+            _require_size("num_classes", num_classes)
         if kind == "timm":
             size = None if image_size == "auto" else image_size
             extra = dict(backbone_config or {})
@@ -181,6 +195,7 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         if pretrained:
             if small_stem:
                 set_small_stem(source, config["in_channels"], name)
+            require_finite(source, str(name_or_path))
             model.network.load_state_dict(source.state_dict())  # strict: the stored config rebuilds this backbone
             model.eval()
         return model
@@ -193,16 +208,24 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         constructor arguments that leave the weights as they are replace the saved value.
 
         Raises:
-            ValueError: `use_safetensors=False`: pickled weights are never read.
+            ValueError: `use_safetensors=False`: pickled weights are never read; or the weights do not fit the config
+                or are not finite.
             OSError: there is no such folder, repository, revision or file.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: pickled weights can run code and are not read.")
+        name = str(pretrained_model_name_or_path)
+        wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         # On the meta device timm's Swin and ViTamin lose what they compute once, such as attention masks.
         if kwargs.get("device_map") is None:
             kwargs.setdefault("low_cpu_mem_usage", False)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model, info = super().from_pretrained(name, output_loading_info=True, **kwargs)
+        unfit = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+        if unfit:
+            raise ValueError(f"The weights of {name!r} must fit its config, but these do not: {unfit[:3]}.")
+        require_finite(model, name)
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save config and weights in safetensors, whole or not at all; arguments as in Diffusers.
@@ -227,10 +250,8 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
     @property
     def num_features(self) -> int:
         """Length D of the features."""
-        last = self._last_layer()
-        if isinstance(last, nn.Linear):
-            return last.in_features
-        return getattr(self.network, "head_hidden_size", self.network.num_features)
+        layers = last_layers(self.network, self.config.num_classes)
+        return sum(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels for layer in layers)
 
     @property
     def num_classes(self) -> int:
@@ -255,7 +276,10 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
             ValueError: images are not of shape (B, `in_channels` or 1, H, W).
         """
         images = self._prepare(images)  # (B, in_channels, H', W')
-        logits, features = (self._run_timm if self.config.library == "timm" else self._run_transformers)(images)
+        self._inputs = []
+        logits = self.network(images) if self.config.library == "timm" else self.network(pixel_values=images)[0]
+        features = torch.cat(self._inputs, dim=1) if len(self._inputs) > 1 else self._inputs[0]  # (B, D)
+        self._inputs = []
         return FeatureClassifierOutput(logits=logits, features=features) if return_dict else (logits, features)
 
     def spatial_features(self, images: torch.Tensor, stages: Sequence[int] | None = None) -> list[torch.Tensor]:
@@ -305,28 +329,11 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
             images = images * self.input_scale + self.input_shift
         return images.to(self.dtype)
 
-    def _run_timm(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        feature_map = self.network.forward_features(images)
-        features = self.network.forward_head(feature_map, pre_logits=True)  # (B, D)
-        classifier = self.network.get_classifier()
-        # Convolutional, distilled and token-labelling (VOLO) heads do more than one product with the features.
-        if isinstance(classifier, nn.Linear) and getattr(self.network, "aux_head", None) is None:
-            return classifier(features), features
-        return self.network.forward_head(feature_map), features
-
-    def _run_transformers(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = []
-        handle = self._last_layer().register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-        try:
-            logits = self.network(pixel_values=images).logits
-        finally:
-            handle.remove()
-        return logits, inputs[-1].flatten(1)
-
-    def _last_layer(self) -> Any:
-        if self.config.library == "timm":
-            return self.network.get_classifier()
-        return last_linear(self.network, self.config.num_classes)
+    def _keep_input(self, layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        (features,) = inputs
+        if features.ndim > 2:  # a mean over the positions at which the layer is applied
+            features = features.flatten(2).mean(2) if isinstance(layer, nn.Conv2d) else features.flatten(1, -2).mean(1)
+        self._inputs.append(features)
 
     def _set_normalisation(self, device: torch.device) -> None:
         """Fold (x + 1) / 2, minus the mean, over the deviation, into one scale and one shift for each channel."""
@@ -344,6 +351,11 @@ class FeatureClassifier(ModelMixin, ConfigMixin):
         super()._apply(fn, recurse)
         self._set_normalisation(self.input_scale.device)
         return self
+
+
+def _require_size(name: str, value: int) -> None:
+    largest = _LARGEST[name]
+    require(is_count(value, 1) and value <= largest, name, value, f"an integer from 1 to {largest}")
 
 
 def _require_safetensors(options: dict[str, Any]) -> None:
@@ -372,7 +384,8 @@ def load_feature_classifier(
         `FeatureClassifier` in eval mode, trainable (see `freeze`).
 
     Raises:
-        ValueError: the name is none of these, its weights are pickled, or an argument does not fit what was saved.
+        ValueError: as in `FeatureClassifier.from_backbone` and `from_pretrained`, or an argument does not fit what was
+            saved.
     """
     hub = {"revision": revision, "token": token}
     kind, name = find_source(str(name_or_path), **hub)
