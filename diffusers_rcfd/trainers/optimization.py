@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffusers_rcfd.trainers.checkpoints import whole
+from diffusers_rcfd.trainers.checkpoints import gather_tensor
 from diffusers_rcfd.trainers.config import TrainingConfig
 
 
@@ -46,16 +46,28 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer, 
         `torch.Tensor`: norm of all gradients before clipping; it is finite exactly where the step is taken.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    norm = whole(torch.as_tensor(0.0 if norm is None else norm, device=accelerator.device))  # None: of DeepSpeed
+    norm = gather_tensor(torch.as_tensor(0.0 if norm is None else norm, device=accelerator.device))  # None: of DeepSpeed
     if accelerator.scaler is None:  # which sets the flag by itself
         optimizer.optimizer.found_inf = (~norm.isfinite()).float()
     return norm
 
 
-def average_step(ema: EMAModel, parameters: list[torch.nn.Parameter], taken: torch.Tensor) -> None:
-    """`EMAModel.step`, but only where `taken`, a scalar boolean tensor, is true."""
+@torch.no_grad()
+def average_step(
+    ema: EMAModel, parameters: list[torch.nn.Parameter], taken: torch.Tensor | bool, ramp: bool = True
+) -> None:
+    """Move averaged weights by one step: w_avg <- d w_avg + (1 - d) w.
+
+    Args:
+        ema (`EMAModel`): the averaged weights.
+        parameters (`list[torch.nn.Parameter]`): the weights.
+        taken (`torch.Tensor`): a boolean scalar; nothing moves where it is false.
+        ramp (`bool`, defaults to `True`): whether d at step s = 0, 1, ... is min(decay, (1 + s) / (10 + s)), and 0 in
+            the first step, as in Diffusers, so that the first weights are soon forgotten; else d is the decay from
+            the first step on, as in the authors' code.
+    """
     ema.optimization_step += 1
-    share = taken * (1 - ema.get_decay(ema.optimization_step))
+    decay = ema.get_decay(ema.optimization_step) if ramp else ema.decay
     changes = torch._foreach_sub(parameters, ema.shadow_params)
-    torch._foreach_mul_(changes, share)
+    torch._foreach_mul_(changes, taken * (1 - decay))
     torch._foreach_add_(ema.shadow_params, changes)
