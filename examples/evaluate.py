@@ -33,7 +33,7 @@ def main(args: list[str] | None = None):
 
     from diffusers_rcfd import RCFDPipeline, load_image_data
     from diffusers_rcfd.evaluation.evaluator import load_evaluator
-    from diffusers_rcfd.trainers.checkpoints import write_json
+    from diffusers_rcfd.saving import write_json
 
     accelerator = Accelerator()
     pipeline = RCFDPipeline.from_pretrained(subject.model)

@@ -12,7 +12,17 @@ from huggingface_hub.errors import (
 )
 
 # Of an output folder; patterns are of files, so that those of a folder end with a star.
-LOCAL_ONLY = ["checkpoint-*", "partial-*", "unused-*", "best/*", "logs/*", "samples/*", "*-step/*"]
+LOCAL_ONLY = [
+    "checkpoint-*",
+    "partial-*",
+    "unused-*",
+    "best/*",
+    "logs/*",
+    "samples/*",
+    "*-step/*",
+    "made.json",
+    "run.lock",
+]
 
 
 def open_repository(repo_id: str, token: str | None = None, private: bool | None = None) -> str:

@@ -337,7 +337,7 @@ def save_checkpoint(
         if state.step:
             accelerator.save_state(str(partial))
             if ema is not None:
-                shadow = {str(i): gather_tensor(value).contiguous() for i, value in enumerate(ema.shadow_params)}
+                shadow = {str(i): full_tensor(value).contiguous() for i, value in enumerate(ema.shadow_params)}
                 if accelerator.is_main_process:
                     save_file(shadow, partial / EMA_FILE)
         accelerator.wait_for_everyone()
@@ -415,7 +415,7 @@ def load_checkpoint(
         ema.optimization_step = state.step
 
 
-def gather_tensor(value: torch.Tensor) -> torch.Tensor:
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP2 may have spread over the processes, on each of them."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 

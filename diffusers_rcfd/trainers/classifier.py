@@ -14,6 +14,7 @@ from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.config import ClassifierConfig
 from diffusers_rcfd.trainers.generator import data_name
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage, Trainer
 
 
@@ -54,9 +55,7 @@ class ClassifierTrainer(Trainer):
         """The classifier is the only stage."""
         if first == 0:
             yield Stage("classifier", 0, self.classifier, self.config.max_train_steps)
-            self.classifier = self.model
-        else:
-            self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
+        self.classifier = load_part(FeatureClassifier, self.output_dir)
 
     def made_by(self) -> dict[str, Any]:
         """Also by this network."""
@@ -80,9 +79,7 @@ class ClassifierTrainer(Trainer):
     def train(self) -> FeatureClassifier:
         """Train, save to `output_dir` with the held-out accuracy, and return the classifier."""
         super().train()
-        if self.accelerator.num_processes > 1:  # whose running statistics differ from one process to another
-            self.classifier = FeatureClassifier.from_pretrained(str(self.output_dir))
-        return self.classifier.eval()
+        return self.classifier
 
     def evaluate_model(self, stage: Stage) -> None:
         """Measure the held-out accuracy."""

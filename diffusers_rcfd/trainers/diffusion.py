@@ -16,6 +16,7 @@ from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.config import DiffusionConfig
 from diffusers_rcfd.trainers.generator import GeneratorTrainer, check_images_fit, conditioning, data_name
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage
 
 
@@ -49,9 +50,7 @@ class DiffusionTrainer(GeneratorTrainer):
         """The base model is the only stage."""
         if first == 0:
             yield Stage("base", 0, self.pipeline.unet, self.config.max_train_steps)
-            self.pipeline = RCFDPipeline(self.model, self.pipeline.scheduler)
-        else:
-            self.pipeline = RCFDPipeline.from_pretrained(str(self.output_dir))
+        self.pipeline = load_part(RCFDPipeline, self.output_dir)
 
     def made_by(self) -> dict[str, Any]:
         """Also by this network."""

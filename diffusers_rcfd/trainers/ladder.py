@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from diffusers_rcfd.evaluation.evaluator import Evaluator
 from diffusers_rcfd.losses.images import wide, x0_loss
 from diffusers_rcfd.losses.predictions import log_mean_prediction
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
+from diffusers_rcfd.models.fingerprints import fingerprint_weights
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.fast_networks import frozen
 from diffusers_rcfd.trainers.generator import GeneratorTrainer, as_pipeline, check_images_fit, conditioning, data_name
-from diffusers_rcfd.trainers.ladder_config import CFDDistillationConfig
+from diffusers_rcfd.trainers.ladder_config import PER_RUNG, CFDDistillationConfig
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage
 from diffusers_rcfd.validation import require
 
@@ -41,6 +44,8 @@ class CFDDistillationTrainer(GeneratorTrainer):
     Raises:
         ValueError: if step counts, images, classifier and student do not fit the teacher.
     """
+
+    described_elsewhere = (*PER_RUNG, "student_steps", "preset")
 
     def __init__(
         self,
@@ -64,6 +69,8 @@ class CFDDistillationTrainer(GeneratorTrainer):
         self.rung, self.log_p_mean = self.rungs[0], None
         self.teacher_name = teacher.config.get("_name_or_path")
         self._architecture = architecture(student or teacher.unet)
+        networks = {"teacher": teacher.unet, "classifier": classifier, "student": student}
+        self._fingerprints = {name: network and fingerprint_weights(network) for name, network in networks.items()}
 
     def _check_student(self) -> None:
         if self.student is None:
@@ -76,7 +83,7 @@ class CFDDistillationTrainer(GeneratorTrainer):
     def stages(self, first: int) -> Iterator[Stage]:
         """A student for each rung, from rung `first` on, each copied from its teacher."""
         if first:
-            self.teacher = RCFDPipeline.from_pretrained(str(self.output_dir / self.rungs[first - 1].name))
+            self.teacher = load_part(RCFDPipeline, self.output_dir / self.rungs[first - 1].name)
         for index, rung in enumerate(self.rungs[first:], first):
             self.rung = rung
             student = self.student if self.student is not None and index == 0 else copy.deepcopy(self.teacher.unet)
@@ -89,12 +96,19 @@ class CFDDistillationTrainer(GeneratorTrainer):
             without_dropout(student).requires_grad_(True)
             student.register_to_config(_name_or_path=rung.name)  # not the folder that its teacher was loaded from
             yield Stage(self.rung.name, index, student, self.rung.max_train_steps)
-            self.teacher = RCFDPipeline(self.model, self.scheduler)
+            self.teacher = load_part(RCFDPipeline, self.output_dir / rung.name)
 
     def made_by(self) -> dict[str, Any]:
         """Also by this network and these rungs."""
         ladder = [f"{rung.student_steps} steps from {rung.teacher_steps} by {rung.objective}" for rung in self.rungs]
-        return super().made_by() | self._architecture | {"ladder": ladder}
+        made_by = super().made_by() | self._architecture | {"ladder": ladder}
+        made_by["rungs"] = [asdict(rung) for rung in self.rungs]
+        made_by["fingerprints"] |= self._fingerprints
+        return made_by
+
+    def folder_of(self, stage: Stage) -> Path:
+        """Its own folder, `output_dir/N-step`."""
+        return self.output_dir / stage.name
 
     def train(self) -> RCFDPipeline:
         """Run the ladder; each student is saved as `output_dir/N-step`, and the last one is returned."""
@@ -105,10 +119,14 @@ class CFDDistillationTrainer(GeneratorTrainer):
         """Save the student of this rung."""
         RCFDPipeline(stage.model, self.scheduler).save_pretrained(self.output_dir / stage.name)
 
+    @property
+    def made_rungs(self) -> list[Rung]:
+        """The rungs whose students this run has made."""
+        return self.rungs[: self.state.stage]
+
     def published_folders(self) -> list[tuple[Path, str | None]]:
         """Each finished student on a branch named like its folder, "4-step", and the last of them on `main`."""
-        folders = [(self.output_dir / rung.name, rung.name) for rung in self.rungs]
-        folders = [(folder, name) for folder, name in folders if (folder / "model_index.json").is_file()]
+        folders = [(self.output_dir / rung.name, rung.name) for rung in self.made_rungs]
         return [*folders, (folders[-1][0], None)] if folders else []
 
     def evaluate(self, evaluator: Evaluator | None = None, num_images: int = 50_000) -> dict[int, dict]:
@@ -125,14 +143,13 @@ class CFDDistillationTrainer(GeneratorTrainer):
             ValueError: if there is no evaluator.
         """
         judge, results = self._judge(evaluator), {}
-        for rung in self.rungs:
-            if (self.output_dir / rung.name / "model_index.json").is_file():
-                student = RCFDPipeline.from_pretrained(str(self.output_dir / rung.name)).to(self.accelerator.device)
-                result = judge.evaluate_pipeline(student, num_images)
-                results[rung.student_steps] = result.to_dict()
-                self.write_metrics({"stage": rung.name, **result.named_values})
-                if self.accelerator.is_main_process:
-                    self.record_evaluation(rung.student_steps, result)
+        for rung in self.made_rungs:
+            student = load_part(RCFDPipeline, self.output_dir / rung.name).to(self.accelerator.device)
+            result = judge.evaluate_pipeline(student, num_images)
+            results[rung.student_steps] = result.to_dict()
+            self.write_metrics({"stage": rung.name, **result.named_values})
+            if self.accelerator.is_main_process:
+                self.record_evaluation(rung.student_steps, result)
         return results
 
     def create_model_card(self, folder: Path, existing: str | None = None) -> None:

@@ -90,24 +90,35 @@ def find_changed(output_dir: Path) -> list[str]:
 
 
 def find_foreign(output_dir: Path) -> list[str]:
-    """Names of the files and links in a folder that no list of this package knows, in parts of a job neither."""
+    """Names of the files and links in a folder that no list of this package knows; parts of a job have lists too."""
     made = read_made(output_dir)
-    ours = {MADE_FILE, *made["files"]}
-    for model in made["models"]:
-        ours |= {_join(model, name) for name in [CHECKSUMS_FILE, *listed_files(output_dir / model)]}
+    known = {MADE_FILE, *made["files"], *_model_files(output_dir, made["models"])}
+    known |= {str(PurePosixPath(name).with_name(f"partial-{PurePosixPath(name).name}")) for name in known}
     folders = {form + name for name in made["checkpoints"] for form in ("", "partial-", "unused-")}
     folders |= {LOGS} if made["files"] else set()
     foreign = []
     for path in sorted(output_dir.rglob("*")):
-        name = path.relative_to(output_dir).as_posix()
-        parents = [parent for parent in path.parents if output_dir in parent.parents]
-        known = name in ours or PurePosixPath(name).parts[0] in folders or path.name == LOCK_FILE
-        known = known or (path.name.startswith("partial-") and _join(PurePosixPath(name).parent, path.name[8:]) in ours)
-        known = known or any((parent / MADE_FILE).is_file() for parent in parents)  # a part with a list of its own
-        known = known or any(_is_partial_save(parent) for parent in parents)
-        if not known and (path.is_symlink() or not path.is_dir()):
-            foreign.append(name)
+        name = path.relative_to(output_dir)
+        listed = name.as_posix() in known or name.parts[0] in folders or name.name == LOCK_FILE
+        within = any(map(_has_list, [output_dir / parent for parent in list(name.parents)[:-1]]))
+        if not (listed or within) and (path.is_symlink() or not path.is_dir()):
+            foreign.append(name.as_posix())
     return foreign
+
+
+def _has_list(folder: Path) -> bool:
+    """Whether a folder is that of a part of a job, or a save of a model that a kill has cut short."""
+    return (folder / MADE_FILE).is_file() or (folder.name.startswith(PREFIX) and (folder / CHECKSUMS_FILE).is_file())
+
+
+def _model_files(output_dir: Path, models: list[str]) -> list[str]:
+    """Names of the files of saved models, their lists last; none of a model whose list is damaged."""
+    names = []
+    for model in models:
+        with suppress(ValueError):
+            files = [*listed_files(output_dir / model), CHECKSUMS_FILE]
+            names += [str(PurePosixPath(model) / name) for name in files]
+    return names
 
 
 def delete_files(folder: Path, names: Iterable[str]) -> None:
@@ -128,15 +139,4 @@ def delete_files(folder: Path, names: Iterable[str]) -> None:
 def delete_models_and_files(output_dir: Path) -> None:
     """Delete all that is listed but checkpoints, and the list."""
     made = read_made(output_dir)
-    for model in made["models"]:
-        with suppress(ValueError):  # without its list nothing says which files were the model's
-            delete_files(output_dir, [_join(model, name) for name in [*listed_files(output_dir / model), CHECKSUMS_FILE]])
-    delete_files(output_dir, [*made["files"], MADE_FILE])
-
-
-def _is_partial_save(folder: Path) -> bool:
-    return folder.name.startswith(PREFIX) and (folder / CHECKSUMS_FILE).is_file()
-
-
-def _join(folder: str | PurePosixPath, name: str) -> str:
-    return str(PurePosixPath(folder) / name)
+    delete_files(output_dir, [*_model_files(output_dir, made["models"]), *made["files"], MADE_FILE])

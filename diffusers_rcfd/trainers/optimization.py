@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffusers_rcfd.trainers.checkpoints import gather_tensor
+from diffusers_rcfd.trainers.checkpoints import full_tensor
 from diffusers_rcfd.trainers.config import TrainingConfig
+from diffusers_rcfd.validation import require
 
 
 def build_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -19,6 +20,12 @@ def build_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, **options)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **options)
+
+
+def check_mixed_precision(accelerator: Accelerator) -> None:
+    """Raise a `ValueError` for fp16 on a CPU, whose kernels lack it."""
+    half_on_cpu = accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu"
+    require(not half_on_cpu, "mixed_precision", accelerator.mixed_precision, "'no' or 'bf16' on a CPU")
 
 
 def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -46,7 +53,7 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer, 
         `torch.Tensor`: norm of all gradients before clipping; it is finite exactly where the step is taken.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    norm = gather_tensor(torch.as_tensor(0.0 if norm is None else norm, device=accelerator.device))  # None: of DeepSpeed
+    norm = full_tensor(torch.as_tensor(0.0 if norm is None else norm, device=accelerator.device))  # None: of DeepSpeed
     if accelerator.scaler is None:  # which sets the flag by itself
         optimizer.optimizer.found_inf = (~norm.isfinite()).float()
     return norm

@@ -46,7 +46,6 @@ def load_part(cls: type[Model], folder: Path) -> Model:
     return model
 
 
-@torch.no_grad()
 def copy_weights(network: torch.nn.Module) -> None:
     """Move each weight and buffer of a network to memory that is allocated for it alone."""
     for tensor in chain(network.parameters(), network.buffers()):

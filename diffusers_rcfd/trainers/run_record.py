@@ -4,10 +4,13 @@ A run that goes on with another learning rate, teacher or data set would be none
 not change its weights may differ, and is recorded from the step on from which it does.
 """
 
+import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from accelerate import Accelerator
 
 from diffusers_rcfd.saving import read_json, write_json
 from diffusers_rcfd.trainers.config import TrainingConfig
@@ -49,6 +52,16 @@ def describe_options(
     return {
         "options": options,
         "may_change": {name: value for name, value in given.items() if name in MAY_CHANGE} | surroundings,
+    }
+
+
+def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Processes, device and versions of a session, for `run.json`."""
+    return {
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
     }
 
 

@@ -17,6 +17,7 @@ from diffusers_rcfd.hub.model_card import steps_described
 from diffusers_rcfd.losses.predictions import log_mean_prediction
 from diffusers_rcfd.models.count_embeddings import for_counts, for_one_count
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
+from diffusers_rcfd.models.fingerprints import fingerprint_weights
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline, embedding_rows
 from diffusers_rcfd.pipelines.trajectory_sampler import TrajectoryPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
@@ -34,6 +35,7 @@ from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.fast_networks import frozen
 from diffusers_rcfd.trainers.generator import GeneratorTrainer, as_pipeline
 from diffusers_rcfd.trainers.ladder import without_dropout
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.sfd_config import SFDDistillationConfig
 from diffusers_rcfd.trainers.trainer import Stage
 from diffusers_rcfd.validation import require
@@ -136,6 +138,9 @@ class SFDDistillationTrainer(GeneratorTrainer):
             }
         )
         self.teacher_name = teacher.config.get("_name_or_path")
+        networks = {"teacher": teacher.unet, "classifier": self.classifier, "lpips": lpips}
+        self._fingerprints = {name: fingerprint_weights(network) if isinstance(network, torch.nn.Module) else None
+                              for name, network in networks.items()}  # fmt: skip
 
     def _route(self, student_steps: int) -> Route:
         """Nodes of student and teacher for a number of evaluations, on the teacher's schedule.
@@ -221,7 +226,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
     def stages(self, first: int) -> Iterator[Stage]:
         """The student is the only stage."""
         if first:
-            self.student = RCFDPipeline.from_pretrained(str(self.output_dir))
+            self.student = load_part(RCFDPipeline, self.output_dir)
             return
         student, device = copy.deepcopy(self.teacher.unet).requires_grad_(False), self.accelerator.device
         self.teacher = RCFDPipeline(frozen(self.config, self.teacher.unet, device), self.teacher.scheduler)
@@ -236,7 +241,7 @@ class SFDDistillationTrainer(GeneratorTrainer):
         without_dropout(student).requires_grad_(True)
         student.register_to_config(_name_or_path="student")  # not the folder that its teacher was loaded from
         yield Stage("student", 0, student, self.config.max_train_steps)
-        self.student = RCFDPipeline(self.model, self.scheduler)
+        self.student = load_part(RCFDPipeline, self.output_dir)
 
     def made_by(self) -> dict[str, Any]:
         """Also by this teacher's network and solver, these nodes and step counts, and this objective."""
@@ -249,7 +254,9 @@ class SFDDistillationTrainer(GeneratorTrainer):
             "analytical_first_step": config.analytical_first_step,
             "solver": None if self.second_stage else solver,
         }
-        return super().made_by() | architecture(self.teacher.unet) | route | {"objective": config.objective}
+        made_by = super().made_by() | architecture(self.teacher.unet) | route | {"objective": config.objective}
+        made_by["fingerprints"] |= self._fingerprints
+        return made_by
 
     def train(self) -> RCFDPipeline:
         """Train, save to `output_dir` and return the student."""

@@ -6,14 +6,13 @@ of B / p draw what one process with batches of B draws.
 """
 
 import copy
+import io
 import json
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +31,33 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from diffusers_rcfd.hub.publishing import open_repository, publish_folder, read_card
+from diffusers_rcfd.saving import write_whole
 from diffusers_rcfd.trainers.batches import derived_seed, endless_batches
 from diffusers_rcfd.trainers.checkpoints import (
     METRICS_FILE,
     TrainerState,
+    find_changes,
+    full_tensor,
     load_checkpoint,
     open_output_dir,
     read_state,
     save_checkpoint,
-    whole,
     window_of,
-    write_json,
 )
 from diffusers_rcfd.trainers.config import TrainingConfig
 from diffusers_rcfd.trainers.fast_networks import compiled, laid_out
 from diffusers_rcfd.trainers.interruption import Interruption, host_group, largest_of_all
+from diffusers_rcfd.trainers.lock import lock_folder
+from diffusers_rcfd.trainers.made_files import note_made, seal_made
 from diffusers_rcfd.trainers.optimization import (
     average_step,
     backward,
     begin_momentum,
     build_optimizer,
+    check_mixed_precision,
     clip_gradients,
 )
+from diffusers_rcfd.trainers.run_record import PLACES, RUN_FILE, describe_environment, describe_options, record_run
 from diffusers_rcfd.trainers.skipped_steps import SkippedSteps, means_of_taken
 
 
@@ -77,6 +81,8 @@ class Trainer:
             "labels"}`, such as `load_image_data` returns; None where `draw` gives all that the loss needs.
     """
 
+    described_elsewhere: tuple[str, ...] = ()  # options that `made_by` describes by other names
+
     def __init__(self, config: TrainingConfig, train_dataset: Dataset | None):
         self.config, self.train_dataset = config, train_dataset
         self.output_dir = Path(config.output_dir)
@@ -90,6 +96,7 @@ class Trainer:
             # One step of the learning-rate schedule for each optimizer step, on any number of processes.
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
+        check_mixed_precision(self.accelerator)
         self.state = TrainerState()
         self.model = None  # of the stage under way, prepared by Accelerate
         self.ema = None
@@ -122,7 +129,16 @@ class Trainer:
             made_by["engine"] = accelerator.distributed_type.value
         if sharded or isinstance(self.train_dataset, IterableDataset):
             made_by["num_processes"] = accelerator.num_processes
+        device = accelerator.device.type
+        made_by |= describe_options(self.config, accelerator.num_processes, device, self.described_elsewhere)
+        if isinstance(self.train_dataset, IterableDataset):  # whose workers share the shards
+            made_by["options"]["dataloader_num_workers"] = self.config.dataloader_num_workers
+        made_by["fingerprints"] = {"data": getattr(self.train_dataset, "fingerprint", None)}
         return made_by
+
+    def folder_of(self, stage: Stage) -> Path:
+        """Where the model of a stage is saved."""
+        return self.output_dir
 
     def num_optimizer_steps(self, batch: dict[str, torch.Tensor]) -> int:
         """How many optimizer steps the batches of a step give, one after another; the same for each of them."""
@@ -165,12 +181,16 @@ class Trainer:
             OSError: if a checkpoint or a result cannot be written; the checkpoints before are whole.
             SystemExit: with 128 + 15 or 128 + 2, after SIGTERM or SIGINT; a checkpoint is saved first.
         """
+        with lock_folder(self.output_dir, self.accelerator):
+            self._train()
+
+    def _train(self) -> None:
         checkpoint = self.checkpoint = open_output_dir(self.accelerator, self.config, self.made_by())
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.open_repository()  # a wrong token is found now, not after days
         if checkpoint is not None:
             self.state = read_state(checkpoint)
-        self._record_run()
+        self._record_run({} if checkpoint is None else find_changes(checkpoint, self.made_by()))
         began = time.perf_counter() - self.state.seconds
         self._seconds = lambda: time.perf_counter() - began
         self._host_group = host_group(self.accelerator)
@@ -178,6 +198,8 @@ class Trainer:
             for stage in self.stages(self.state.stage):
                 self._run_stage(stage, checkpoint)
                 checkpoint = None
+            if self.accelerator.is_main_process:
+                seal_made(self.output_dir)
             if self._interruption.signal:
                 raise SystemExit(128 + self._interruption.signal)
         if self.config.push_to_hub and self.accelerator.is_main_process:
@@ -196,7 +218,7 @@ class Trainer:
             unit="step",
             **({} if accelerator.is_local_main_process else {"disable": True}),  # TQDM_DISABLE has its say
         )
-        skipped = SkippedSteps(config.max_skipped_steps, accelerator.scaler)
+        skipped = SkippedSteps(config.max_skipped_steps, accelerator.scaler, state.skipped_in_a_row, state.taken)
         window = window_of(state, accelerator.process_index, accelerator.num_processes)
         sums = {name: torch.tensor(value, device=accelerator.device) for name, value in window.items()}
         while state.step < stage.max_train_steps:
@@ -218,9 +240,11 @@ class Trainer:
                     self.evaluate_model(stage)
             if config.sample_steps and (state.step % config.sample_steps == 0 or last):
                 self._save_samples(stage)
+            state.skipped_in_a_row, state.taken = skipped.in_a_row, skipped.taken
             if config.checkpointing_steps and state.step % config.checkpointing_steps == 0 and not last:
                 self._save_checkpoint(sums)
         bar.close()
+        skipped.check_end(f"the end of {stage.name}", self.checkpoint)
         self._end_stage(stage)
 
     def _prepare(self, stage: Stage, checkpoint: Path | None):
@@ -278,7 +302,7 @@ class Trainer:
         lr_scheduler.step()
         if self.ema is not None:
             taken = torch.stack([terms["grad_norm"].isfinite() for terms in steps]).any()
-            average_step(self.ema, list(self._unwrapped().parameters()), taken)
+            average_step(self.ema, list(self._unwrapped().parameters()), taken, self.config.ema_ramp)
         return steps
 
     def _optimizer_step(self, batches: list[dict], optimizer) -> dict[str, torch.Tensor]:
@@ -342,23 +366,23 @@ class Trainer:
             from torchvision.utils import save_image
 
             folder = self.output_dir / "samples"
+            name = f"{stage.name}-{self.state.step:07d}.png"
+            note_made(self.output_dir, files=[f"samples/{name}"])
             folder.mkdir(exist_ok=True)
-            path = folder / f"{stage.name}-{self.state.step:07d}.png"
-            save_image(images, path, nrow=max(1, int(len(images) ** 0.5)), padding=1)
+            save_image(images, picture := io.BytesIO(), nrow=max(1, int(len(images) ** 0.5)), padding=1, format="png")
+            write_whole(folder / name, picture.getvalue())
 
-    def _record_run(self) -> None:
+    def _record_run(self, changes: dict[str, tuple]) -> None:
         """The resolved options and the environment, as `run.json` and for the trackers."""
-        packages = ("torch", "diffusers", "accelerate", "transformers", "datasets", "timm")
         record = {
-            "config": {key: value for key, value in asdict(self.config).items() if key != "hub_token"},
+            "config": {key: value for key, value in asdict(self.config).items() if key not in PLACES},
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device.type),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages},
+            **describe_environment(self.accelerator),
+            "fingerprints": self.made_by()["fingerprints"],
         }
         if self.accelerator.is_main_process:
-            write_json(self.output_dir / "run.json", record)
+            note_made(self.output_dir, files=[RUN_FILE])
+            record_run(self.output_dir, record, self.state.global_step, changes)
         simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in record["config"].items()}
         if self.config.report_to != "none":
             self.accelerator.init_trackers("diffusers_rcfd", config=simple)
@@ -408,7 +432,7 @@ class Trainer:
             self.ema.copy_to(self._unwrapped().parameters())
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         if self._whole_model is not None:
-            self._whole_model.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            self._whole_model.load_state_dict({name: full_tensor(value) for name, value in model.state_dict().items()})
             model = self._whole_model.to(self.accelerator.device)
         stage.model = model.eval().to(memory_format=torch.contiguous_format)
         self.accelerator.free_memory()
@@ -417,20 +441,23 @@ class Trainer:
         self.state.seconds = self._seconds()
         if self.accelerator.is_main_process:
             try:
+                note_made(self.output_dir, models=[self.folder_of(stage).relative_to(self.output_dir).as_posix()])
                 self.finish_stage(stage)
             except (OSError, SafetensorError) as error:  # a full disk
                 raise OSError(
                     f"{stage.name} could not be saved in {self.output_dir}; its checkpoints are whole: {error}"
                 ) from error
-            if self.config.push_to_hub and self.config.hub_strategy != "end":
-                self.push_to_hub()
-        self.accelerator.wait_for_everyone()
         self.state.stage, self.state.step, self.state.best, self.state.streams = stage.index + 1, 0, None, []
+        self.state.skipped_in_a_row, self.state.taken = 0, 0
+        if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy != "end":
+            self.push_to_hub()
+        self.accelerator.wait_for_everyone()
         self._save_checkpoint({})  # small: that the stage is done
 
     def _save_checkpoint(self, sums: dict[str, torch.Tensor]) -> None:
         """Save where the run stands, with the sums of the loss terms since the last line of metrics."""
         self.state.seconds = self._seconds()
+        self.state.skipped_in_a_row, self.state.taken = int(self.state.skipped_in_a_row), int(self.state.taken)
         self.state.windows = [{name: value.item() for name, value in sums.items()}] * self.accelerator.num_processes
         self.checkpoint = save_checkpoint(self.accelerator, self.state, self.ema, self.config, self.made_by())
         if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
