@@ -195,9 +195,7 @@ def start_twice(folder, references):
         first = Run(job, output_dir)
         wait_for_step(first, STEPS // 2)
         second = Run(job, output_dir)
-        refused = (
-            not any(code == 0 for code in second.wait()) and f"is in use by process {first.pids[0]}" in second.error()
-        )
+        refused = all(second.wait()) and f"is in use by process {first.pids[0]}" in second.error()
         went_on = not any(first.wait())
         differences = compare(what_is_left(output_dir), references[job]["left"]) if went_on else ["did not end"]
         problems[job] = differences + ([] if refused else [f"the second was not refused: {second.error()}"])
@@ -351,9 +349,7 @@ def report(args, records, inputs, twice, flips):
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "hypothesis"))
     errors = sorted({r["error"].split(":")[0] for r in disks})
     bad += [f"- two starts of {job}: {'; '.join(problems)}" for job, problems in twice.items() if problems]
-    bad += [
-        f"- a flipped bit of {job} was not found in: {', '.join(names)}" for job, (_, names) in flips.items() if names
-    ]
+    bad += [f"- {job}, not found by a flipped bit: {', '.join(names)}" for job, (_, names) in flips.items() if names]
     newline = "\n"
     return f"""# Reliability: kills, full disks and bad inputs
 

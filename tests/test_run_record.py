@@ -4,6 +4,7 @@ import json
 from dataclasses import fields, replace
 
 import pytest
+import torch
 
 from diffusers_rcfd import (
     CFDDistillationConfig,
@@ -50,8 +51,6 @@ def trainer(kind, config, digits, seed=0, classifier_seed=0):
     teacher = tiny_teacher(seed=seed)
     if kind == "base":
         return DiffusionTrainer(tiny_unet(), RCFDScheduler(), config, digits)
-    import torch
-
     torch.manual_seed(classifier_seed)
     classifier = tiny_classifier()
     if kind == "classifier":

@@ -19,6 +19,9 @@ from diffusers_rcfd.trainers.parts import check_model, find_part_fault, load_par
 from tests.test_run_record import CONFIGS, trainer
 from tests.toys import largest_file, parameters, tiny_classifier, tiny_teacher
 
+# The four trainers, two of which tell a fault of all of them.
+SOME = [pytest.param(kind, marks=pytest.mark.slow) if kind in ("classifier", "ladder") else kind for kind in CONFIGS]
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -60,7 +63,7 @@ def flip_a_bit(path, at=0.5):
 # --- 1. a leak ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", SOME)
 def test_1_moving_average_keeps_no_graph(tmp_path, digits, kind):
     seen = []
     trained = run(kind, tmp_path, digits, ema_decay=0.9, checkpointing_steps=0)
@@ -257,7 +260,7 @@ def test_5_a_part_is_loaded_into_memory_of_its_own(tmp_path):
         assert not network.training
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", SOME)
 def test_5_trainer_hands_on_what_its_file_holds(tmp_path, digits, kind, monkeypatch):
     """What `train` returns is read from the file, whether the run was stopped or not."""
     import diffusers_rcfd.trainers.parts as parts
@@ -390,7 +393,7 @@ def poison(trained):
 # --- 13. smaller ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", SOME)
 def test_13_run_whose_steps_are_all_skipped_is_an_error(tmp_path, digits, kind):
     poisoned = poison(run(kind, tmp_path, digits))  # of two steps, where ten in a row end it
     with pytest.raises(FloatingPointError, match="All steps had a loss or gradient that is not finite .* the end of"):
