@@ -39,6 +39,7 @@ STATE_FILE = "trainer_state.json"
 EMA_FILE = "ema.safetensors"
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
+FOLDERS = re.compile(r"samples|best|unet|scheduler|\d+-step")  # that a run makes in its `output_dir`
 
 
 @dataclass
@@ -80,8 +81,8 @@ def check_output_dir(config: TrainingConfig) -> None:
     """Check that `output_dir` may be used, as far as can be told before anything is loaded.
 
     Raises:
-        ValueError: if it is no folder; if it is not empty and neither resumed from nor overwritten; or if it holds no
-            checkpoint to resume from, but files that no run of this package has made.
+        ValueError: if it, or what is to be a folder in it, is none; if it is not empty and neither resumed from nor
+            overwritten; or if it holds no checkpoint to resume from, but files that no run of this package has made.
         FileNotFoundError: if `resume_from_checkpoint` names no checkpoint.
     """
     output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
@@ -91,7 +92,12 @@ def check_output_dir(config: TrainingConfig) -> None:
         raise FileNotFoundError(
             f"`resume_from_checkpoint` must name a whole checkpoint; {resume!r} lacks {STATE_FILE}."
         )
-    if not output_dir.exists() or config.overwrite_output_dir:
+    if not output_dir.exists():
+        return
+    for path in output_dir.iterdir():
+        if FOLDERS.fullmatch(path.name) and kind_of(path) != "folder":
+            raise ValueError(f"{str(path)!r} must be a folder, it is a {kind_of(path)}.")
+    if config.overwrite_output_dir:
         return
     if resume is None and any(path.name != LOCK_FILE for path in output_dir.iterdir()):
         raise ValueError(
@@ -210,26 +216,41 @@ def open_output_dir(accelerator: Accelerator, config: TrainingConfig, made_by: d
 def delete_run(output_dir: Path) -> None:
     """Delete what a run has listed as its own; of version 0.1, which had no list, the checkpoints.
 
-    Files of others stay. One that is in the way, as the metrics of version 0.1, is renamed to `unused-*`.
+    Files of others stay. What is in the way, as the metrics of version 0.1, is renamed to `unused-*`.
 
     Raises:
         ValueError: if what is not the run's own lies where a checkpoint is to be.
     """
     made = _read_made_or_warn(output_dir)
-    names = [*made["checkpoints"], *(path.name for path in find_checkpoints(output_dir) if _is_ours(path))]
-    for name in dict.fromkeys(names):
-        for form in ("partial-", "unused-", ""):
-            delete_checkpoint(output_dir / f"{form}{name}")
-    delete_models_and_files(output_dir)
-    for path in (output_dir / METRICS_FILE, output_dir / EVALUATION_FILE):
-        if path.exists():
-            path.rename(path.with_name(f"unused-{path.name}"))
+    names = {*made["checkpoints"], *(path.name for path in find_checkpoints(output_dir) if _is_ours(path))}
     for path in sorted(output_dir.glob("*checkpoint-*")):
-        if re.fullmatch(r"(partial-)?checkpoint-\d+", path.name):
+        of_a_run = path.name.removeprefix("partial-") in names and not path.is_symlink()
+        if re.fullmatch(r"(partial-)?checkpoint-\d+", path.name) and not of_a_run:
             raise ValueError(
                 f"`output_dir` must have no {path.name} that is not of a run of this package, got "
                 f"{str(output_dir)!r}: move it away, or choose another folder."
             )
+    for name in names:
+        for checkpoint in (output_dir / f"partial-{name}", output_dir / name):
+            delete_checkpoint(checkpoint)
+            _set_aside(checkpoint)
+        if _is_ours(unused := output_dir / f"unused-{name}"):
+            delete_checkpoint(unused)
+    delete_models_and_files(output_dir)
+    for name in (METRICS_FILE, EVALUATION_FILE):
+        _set_aside(output_dir / name)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename what lies at a place to `unused-*`, if there is something, over nothing of others."""
+    unused, number = path.with_name(f"unused-{path.name}"), 1
+    if _is_ours(unused):
+        delete_checkpoint(unused)
+    while os.path.lexists(unused):
+        number += 1
+        unused = path.with_name(f"unused-{path.name}-{number}")
+    if os.path.lexists(path):
+        path.rename(unused)
 
 
 def _read_made_or_warn(output_dir: Path) -> dict[str, Any]:
@@ -250,9 +271,10 @@ def _return_to(checkpoint: Path, output_dir: Path) -> None:
         _forget(output_dir / name)
     for later in find_checkpoints(output_dir):
         if int(_step(later)) > reached and (later.name in made["checkpoints"] or _is_ours(later)):
-            delete_checkpoint(unused := later.with_name(f"unused-{later.name}"))
-            later.rename(unused)
+            _set_aside(later)
     metrics = output_dir / METRICS_FILE
+    if METRICS_FILE not in made["files"] and checkpoint.resolve().parent != output_dir.resolve():
+        _set_aside(metrics)  # of another run, whose checkpoint lies elsewhere
     if metrics.exists():
         kept = [line for line in metrics.read_text(errors="replace").splitlines(True) if _step_of(line) <= reached]
         write_whole(metrics, "".join(kept))

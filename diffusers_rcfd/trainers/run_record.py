@@ -86,7 +86,8 @@ def find_differences(
     pairs = {name: (was.get(name), now.get(name)) for name in [*was, *now] if name not in nested}
     if was.get("ladder") and now.get("ladder"):
         pairs["ladder"] = (was["ladder"][:begun], now["ladder"][:begun])
-    pairs |= _common(was.get("options"), now.get("options"))
+    options = _common(was.get("options"), now.get("options"))
+    pairs |= {name: pair for name, pair in options.items() if name not in pairs}
     pairs |= {f"fingerprint of the {name}": pair for name, pair in
               _common(was.get("fingerprints"), now.get("fingerprints")).items() if None not in pair}  # fmt: skip
     lengths = {"max_train_steps": stage == 0 and step > 0}  # by the name of the option: whether it is under way
