@@ -1,6 +1,6 @@
-"""One optimizer step, which leaves everything as it is where the loss or a gradient is not finite.
+"""One optimizer step, which changes nothing where the loss or a gradient is not finite.
 
-Whether it does is decided on the device, without waiting for it, and for all processes alike.
+The device decides this, without being waited for, and for all processes alike.
 """
 
 import math
@@ -41,7 +41,7 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 
 
 def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer, max_norm: float) -> torch.Tensor:
-    """Clip the gradients and tell the optimizer whether to leave this step out.
+    """Clip the gradients and tell the optimizer whether to skip this step.
 
     Args:
         accelerator (`Accelerator`): what `model` and `optimizer` were prepared by.

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: counted, kept out of the metrics, and the end of a run if they go on.
+"""Steps whose loss or gradient is not finite: they are counted, kept out of the metrics, and end a run if they go on.
 
 The count stays on the device and is looked at when metrics are written; on a CPU, where looking is free, always.
 """
