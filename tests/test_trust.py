@@ -83,7 +83,7 @@ def measure():
     """Resident bytes, open files, and tensors that keep a graph, of this process."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    graphs = sum(isinstance(each, torch.Tensor) and each.grad_fn is not None for each in gc.get_objects())
+    graphs = sum(issubclass(type(each), torch.Tensor) and each.grad_fn is not None for each in gc.get_objects())
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")), graphs
 
 
