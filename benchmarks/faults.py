@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks.stoppable_run import KEYBOARD_INTERRUPT, STEPS, Run  # noqa: E402
-from diffusers_rcfd.trainers.checkpoints import STATE_FILE, find_checkpoints, find_fault  # noqa: E402
+from diffusers_rcfd.trainers.checkpoints import find_checkpoint_damage, find_checkpoints  # noqa: E402
+from diffusers_rcfd.trainers.made_files import MADE_FILE, read_made  # noqa: E402
+from diffusers_rcfd.trainers.parts import verify  # noqa: E402
 from tests import invalid_options  # noqa: E402
 
 TRAINERS, DATA, PROCESSES = ("base", "classifier", "ladder"), ("shuffled", "streamed"), (1, 2)
@@ -48,21 +50,22 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     tqdm.monitor_interval = 0  # no thread here: every run is forked from this process,
     tqdm.set_lock(threading.RLock())  # which a bar's lock between processes, held by one that is killed, would stop
-    records = stop_runs(args, folder)
+    references = {job: reference(job, folder) for job in tqdm(JOBS, desc="never stopped", unit="run")}
+    twice, flips = start_twice(folder, references), flip_bits(folder, args.seed)
+    records = stop_runs(args, folder, references)
     inputs = bad_inputs(args.bad_inputs, args.seed, folder / "bad-inputs")
-    args.report.write_text(report(args, records, inputs), encoding="utf-8")
+    args.report.write_text(report(args, records, inputs, twice, flips), encoding="utf-8")
     print(args.report.read_text(encoding="utf-8"))
 
 
 # --- stopping runs --------------------------------------------------------------------------------------------------
 
 
-def stop_runs(args, folder):
+def stop_runs(args, folder, references):
     """Stop and resume runs until there are as many kills as asked for; one record for each fault."""
     lines = folder / "faults.jsonl"
     records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
     done = {record["run"] for record in records}
-    references = {job: reference(job, folder) for job in tqdm(JOBS, desc="never stopped", unit="run")}
     bar = tqdm(total=args.kills, initial=min(args.kills, count_kills(records)), desc="kills", unit="kill")
     number = 0
     while count_kills(records) < args.kills or number < len(JOBS):
@@ -180,17 +183,57 @@ def fill_disk(rng, job, output_dir, whole):
             "lost": problems + lost(run, codes, output_dir, whole)}  # fmt: skip
 
 
+# --- two starts at once, flipped bits -------------------------------------------------------------------------------
+
+
+def start_twice(folder, references):
+    """For each job: a second run is started in the folder of one in its middle; what went wrong, by job."""
+    problems = {}
+    for job in tqdm(JOBS, desc="two starts", unit="run"):
+        output_dir = folder / "-".join(map(str, ("twice", *job)))
+        shutil.rmtree(output_dir, ignore_errors=True)
+        first = Run(job, output_dir)
+        wait_for_step(first, STEPS // 2)
+        second = Run(job, output_dir)
+        refused = all(second.wait()) and f"is in use by process {first.pids[0]}" in second.error()
+        went_on = not any(first.wait())
+        differences = compare(what_is_left(output_dir), references[job]["left"]) if went_on else ["did not end"]
+        problems[job] = differences + ([] if refused else [f"the second was not refused: {second.error()}"])
+    return problems
+
+
+def flip_bits(folder, seed):
+    """For each job: one bit at a random place of each file of a finished run; the names of files not found by it."""
+    rng, missed = random.Random(seed), {}
+    for job in JOBS:
+        output_dir = folder / "-".join(map(str, ("whole", *job)))
+        paths = sorted(path for path in output_dir.rglob("*") if path.is_file())
+        missed[job] = (len(paths), [str(path.relative_to(output_dir)) for path in paths if not is_found(path, rng)])
+    return missed
+
+
+def is_found(path, rng):
+    """Whether a flipped bit in a file is found by `verify`, which names the file."""
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(damaged)
+    faults = verify(path.parent if path.parent.name.startswith("checkpoint-") else run_folder_of(path))
+    path.write_bytes(content)
+    return any(path.name in fault for fault in faults)
+
+
+def run_folder_of(path):
+    return next(parent for parent in path.parents if (parent / MADE_FILE).is_file())
+
+
 # --- what is left ---------------------------------------------------------------------------------------------------
 
 
 def whole_checkpoints(output_dir):
     """The steps of those checkpoints each of whose files is what was written."""
-    steps = []
-    for checkpoint in find_checkpoints(output_dir):
-        with suppress(ValueError, KeyError):
-            if find_fault(checkpoint, json.loads((checkpoint / STATE_FILE).read_text())["made_by"]) is None:
-                steps.append(int(checkpoint.name.removeprefix("checkpoint-")))
-    return steps
+    whole = [checkpoint for checkpoint in find_checkpoints(output_dir) if find_checkpoint_damage(checkpoint) is None]
+    return [int(checkpoint.name.removeprefix("checkpoint-")) for checkpoint in whole]
 
 
 def newest(output_dir):
@@ -220,11 +263,14 @@ def step_of(line):
 def what_is_left(output_dir):
     """Every file of a finished run by its name; of its whole checkpoints, which hold how long it took, the number."""
     steps = whole_checkpoints(output_dir)
-    paths = [path for path in output_dir.rglob("*") if path.is_file() and path.name != "run.json"]
+    records = ("run.json", MADE_FILE)  # the time, and the steps of the checkpoints
+    paths = [path for path in output_dir.rglob("*") if path.is_file() and path.name not in records]
     names = {str(path.relative_to(output_dir)): path for path in paths}
     files = {name: path.read_bytes() for name, path in names.items()
              if not any(name.startswith(f"checkpoint-{step}/") for step in steps)}  # fmt: skip
-    return files | {"whole checkpoints": len(steps)}
+    made = read_made(output_dir)
+    listed = {name: listed for name, listed in made["files"].items() if name not in records}
+    return files | {"whole checkpoints": len(steps), "listed files": listed, "listed models": made["models"]}
 
 
 def compare(left, whole):
@@ -286,7 +332,7 @@ def table(records, heads, keys):
     return "\n".join(lines)
 
 
-def report(args, records, inputs):
+def report(args, records, inputs, twice, flips):
     kills, disks = [r for r in records if "signal" in r], [r for r in records if "disk" in r]
     bad = [f"- run {r['run']} {r['job']}, {r.get('signal', 'full disk')} {r['moment']}: "
            f"{'; '.join(map(str, r['lost'] + r['differences'])) or 'did not resume'}"
@@ -302,6 +348,8 @@ def report(args, records, inputs):
     bad += sorted({f"- {cls}, `{field}`: {p}" for (cls, field), problems in inputs.items() for p in problems if p})
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "hypothesis"))
     errors = sorted({r["error"].split(":")[0] for r in disks})
+    bad += [f"- two starts of {job}: {'; '.join(problems)}" for job, problems in twice.items() if problems]
+    bad += [f"- {job}, not found by a flipped bit: {', '.join(names)}" for job, (_, names) in flips.items() if names]
     newline = "\n"
     return f"""# Reliability: kills, full disks and bad inputs
 
@@ -333,6 +381,14 @@ of a checkpoint or of the save of a result. The run ends with an error ({", ".jo
 with the limit gone it is resumed (in some runs killed as well) and compared as above.
 
 {table(disks, ("moment", "trainer", "processes"), lambda r: (r["moment"], r["job"][0], r["job"][1]))}
+
+## Two starts, flipped bits
+
+In the middle of a run a second one is started in its folder: {sum(not problems for problems in twice.values())} of
+{len(twice)} second ones were refused with the number of the process that holds it, while the first ended as one that
+was alone. One bit at a random place of each file of a finished run: `verify` found
+{sum(number - len(names) for number, names in flips.values())} of {sum(number for number, _ in flips.values())}, by the
+name of the file.
 
 ## Bad inputs
 

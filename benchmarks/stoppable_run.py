@@ -52,7 +52,7 @@ def build(job, folder):
         return diffusers_rcfd.ClassifierTrainer(tiny_classifier(), config, images, held_out)
     if trainer == "sfd":  # two step counts, one optimizer step for each node; it needs no images
         own = {"student_steps": [2, 3], "teacher_steps": 2, "objective": "cfd", "l1_weight": 0.1}
-        own |= {"gradient_accumulation_steps": 2, "train_batch_size": 4 // processes}
+        own |= {"gradient_accumulation_steps": 2, "train_batch_size": 4 // processes, "random_flip": False}
         config = diffusers_rcfd.SFDDistillationConfig(**options | own)
         return diffusers_rcfd.SFDDistillationTrainer(tiny_teacher(), tiny_classifier().eval(), config)
     ladder = {"student_steps": [4, 2, 1], "objective": ["pd", "cfd", "rcfd"], "max_train_steps": STEPS // 3}

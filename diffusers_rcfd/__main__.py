@@ -25,6 +25,7 @@ COMMANDS = (
     "sample",
     "inspect",
     "convert",
+    "verify",
     "demo",
 )
 

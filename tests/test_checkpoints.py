@@ -116,19 +116,18 @@ def test_going_back_to_an_earlier_checkpoint_sets_later_ones_aside(run_folder, d
 
 def test_stopped_while_an_old_checkpoint_is_deleted_leaves_nothing_behind(run_folder, digits, monkeypatch):
     """The files go one by one: what is left of them has no checkpoint's name, and the next start clears it."""
-    delete = shutil.rmtree
+    delete = Path.unlink
 
-    def stopped(folder, **options):
-        if (Path(folder) / STATE_FILE).exists():
-            (Path(folder) / STATE_FILE).unlink()
+    def stop(path, **options):
+        delete(path, **options)
+        if path.parent.name == "partial-checkpoint-1":
             raise KeyboardInterrupt
-        delete(folder, **options)
 
     first = str(run_folder / "checkpoint-1")
-    monkeypatch.setattr(shutil, "rmtree", stopped)
+    monkeypatch.setattr(Path, "unlink", stop)
     with pytest.raises(KeyboardInterrupt):
         base(run_folder, digits, resume_from_checkpoint=first, checkpoints_total_limit=2).train()
-    monkeypatch.setattr(shutil, "rmtree", delete)
+    monkeypatch.setattr(Path, "unlink", delete)
     assert (run_folder / "partial-checkpoint-1").is_dir() and not (run_folder / "checkpoint-1").exists()
     base(run_folder, digits, resume_from_checkpoint="latest").train()
     assert not list(run_folder.glob("partial-*"))
@@ -147,7 +146,7 @@ def test_checkpoint_of_another_run_is_told_apart(tmp_path, digits):
     assert "trainer is CFDDistillationTrainer, not DiffusionTrainer" in fault(first, base(tmp_path, digits))
     by_steps = ladder(tmp_path, digits, student_steps=[4, 1])
     assert "of another run: its ladder is ['2 steps from 2 by pd'], not ['4 steps" in fault(first, by_steps)
-    later = ladder(tmp_path, digits, student_steps=[2, 1], teacher_steps=[2, 2], max_train_steps=[5])
+    later = ladder(tmp_path, digits, student_steps=[2, 1], teacher_steps=[2, 2], max_train_steps=[2, 5])
     longer = ladder(tmp_path, digits, student_steps=[4, 2, 1])
     shorter = ladder(tmp_path, digits, student_steps=[2])
     assert fault(first, later) is None and fault(first, shorter) is None

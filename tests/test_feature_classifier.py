@@ -416,7 +416,7 @@ def test_save_and_load_give_equal_outputs(kind, tmp_path, checkpoints):
     else:
         model = FeatureClassifier.from_backbone(checkpoints[kind])
     model.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["checksums.json", "config.json", "diffusion_pytorch_model.safetensors"]
     expected = model(images_of())
     for load in (
         FeatureClassifier.from_pretrained,

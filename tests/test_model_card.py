@@ -41,7 +41,7 @@ from diffusers_rcfd.hub.model_card import (
     write_pipeline_card,
 )
 from diffusers_rcfd.hub.public_names import is_hub_id, markdown_code, markdown_text, public_name, remove_local_names
-from diffusers_rcfd.trainers.checkpoints import write_json
+from diffusers_rcfd.saving import write_json
 from tests.saved_by_0_1.described import MADE_ELSEWHERE, RUNGS, evaluation
 from tests.toys import tiny_sfd_student, tiny_teacher, tiny_unet
 

@@ -50,7 +50,8 @@ def test_two_processes_train_what_one_does(tmp_path, objective):
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for name in ("loss", "grad_norm", *(("cfd", "entropy", "diversity") if objective == "rcfd" else ())):
-            assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-7), name
+            # The second rung begins from students that differ by roundings, to which cfd near 0 is sensitive.
+            assert second[name] == pytest.approx(first[name], rel=1e-5, abs=5e-7), name
     for rung in ("2-step", "1-step"):
         alone, together = weights(tmp_path / "one" / rung), weights(tmp_path / "two" / rung)
         torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-5)

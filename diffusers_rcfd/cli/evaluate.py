@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
 
     from diffusers_rcfd import RCFDPipeline, load_image_data
     from diffusers_rcfd.evaluation.panel import load_judges
-    from diffusers_rcfd.trainers.checkpoints import write_json
+    from diffusers_rcfd.saving import write_json
 
     accelerator = Accelerator()
     pipeline = RCFDPipeline.from_pretrained(subject.model)

@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> None:
 
     from diffusers_rcfd import RCFDPipeline, load_feature_classifier
     from diffusers_rcfd.evaluation.inspection import draw_inspection, inspect_sampling
-    from diffusers_rcfd.trainers.checkpoints import write_json
+    from diffusers_rcfd.saving import write_json
 
     classifier = load_feature_classifier(options.classifier)
     device = "cuda" if torch.cuda.is_available() else "cpu"

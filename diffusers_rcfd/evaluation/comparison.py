@@ -12,11 +12,11 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_rcfd.evaluation.evaluator import ROLES, Evaluator
-from diffusers_rcfd.evaluation.files import write_whole
 from diffusers_rcfd.evaluation.panel import Panel
 from diffusers_rcfd.evaluation.sampling import initial_noise
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.pipelines.stock_samplers import StockSamplerPipeline
+from diffusers_rcfd.saving import write_whole
 
 POOR_ACCURACY = 0.8  # a trained judge below it sees too little of the data for its distances to mean much
 

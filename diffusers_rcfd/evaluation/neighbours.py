@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from diffusers_rcfd.data.image_tensors import to_model_range
-from diffusers_rcfd.evaluation.files import write_whole
 from diffusers_rcfd.losses.frechet import pixels
+from diffusers_rcfd.saving import write_whole
 from diffusers_rcfd.validation import require
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffusers_rcfd.evaluation.files import write_whole
+from diffusers_rcfd.saving import write_whole
 from diffusers_rcfd.validation import require
 
 # What a file of torch-fidelity holds beside tensors: it pickles NumPy's arrays.

@@ -4,7 +4,6 @@ The templates, `model_card_template.md` and `classifier_card_template.md`, say h
 what it is about: the model, its training and its evaluations.
 """
 
-import json
 import platform
 import re
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from diffusers_rcfd.distillation.rungs import Rung
 from diffusers_rcfd.hub.public_names import is_hub_id, markdown_code, markdown_text, public_name
 from diffusers_rcfd.hub.publishing import EVAL_RESULTS
+from diffusers_rcfd.saving import read_json
 
 if TYPE_CHECKING:
     from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
@@ -181,9 +181,7 @@ def describe_generator(pipeline: "RCFDPipeline", repo_id: str) -> GeneratorRecor
 
 def read_evaluations(path: Path) -> dict[int, dict[str, Any]]:
     """Read evaluations by student steps, as trainers save them in `evaluation.json`; none where there is no file."""
-    if not path.is_file():
-        return {}
-    return {int(steps): evaluation for steps, evaluation in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {int(steps): evaluation for steps, evaluation in (read_json(path) or {}).items()}
 
 
 def write_model_card(

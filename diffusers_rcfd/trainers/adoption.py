@@ -21,6 +21,8 @@ from diffusers_rcfd.trainers.adoption_config import PARAMETRISATIONS, AdoptionCo
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.distillation import Distillation, DistillationTrainer, to_student
 from diffusers_rcfd.trainers.generator import check_images_fit
+from diffusers_rcfd.trainers.made_files import note_made
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage, data_name
 
 
@@ -78,14 +80,18 @@ class AdoptionTrainer(DistillationTrainer):
 
     def run(self) -> RCFDPipeline:
         """Train the copy, the only stage; it is saved to `output_dir` and returned."""
-        if self.state.stage:
-            return RCFDPipeline.from_pretrained(str(self.output_dir))
         if not self.needs_training:
             if self.accelerator.is_main_process:
+                note_made(self.output_dir, models=["."])
                 self.teacher.save_pretrained(self.output_dir)
             self.accelerator.wait_for_everyone()
-            return self.teacher
-        stage = Distillation(
+        elif not self.state.stage:
+            self.fit(self.begin())
+        return load_part(RCFDPipeline, self.output_dir)
+
+    def begin(self) -> Distillation:
+        """The copy at its start, with what it learns from."""
+        return Distillation(
             name="adopted",
             index=0,
             model=to_student(copy.deepcopy(self.teacher.unet), "adopted"),
@@ -96,8 +102,6 @@ class AdoptionTrainer(DistillationTrainer):
             guides=self.freeze_guides(),
             autocast=self.accelerator.autocast,
         )
-        self.fit(stage)
-        return RCFDPipeline(stage.model, self.scheduler)
 
     def draw(self, stage: Stage, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise, noise levels t uniform on 0..T, and which images to mirror."""

@@ -33,8 +33,13 @@ class RandomBatches(Sampler):
     """
 
     def __init__(self, num_images, batch_size, seed, first=0, process_index=0, num_processes=1, together=1):
-        self.num_images, self.batch_size, self.seed, self.first = num_images, batch_size, seed, first
-        self.process_index, self.num_processes, self.together = process_index, num_processes, together
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first = first
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.together = together
 
     def __iter__(self):
         images = self.batch_size * self.num_processes  # of a batch that is common to all

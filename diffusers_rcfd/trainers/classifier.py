@@ -13,6 +13,7 @@ from diffusers_rcfd.hub.model_card import ClassifierRecord, write_classifier_car
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.config import ClassifierConfig
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage, Trainer, data_name
 
 
@@ -53,13 +54,9 @@ class ClassifierTrainer(Trainer):
 
     def run(self) -> FeatureClassifier:
         """Train the classifier, the only stage; it is saved to `output_dir` and returned, with `accuracy` measured."""
-        if self.state.stage:
-            return FeatureClassifier.from_pretrained(str(self.output_dir))
-        stage = Stage("classifier", 0, self.classifier, self.config.max_train_steps)
-        self.fit(stage)
-        if self.accelerator.num_processes > 1:  # whose running statistics differ from one process to another
-            return FeatureClassifier.from_pretrained(str(self.output_dir))
-        return stage.model.eval()
+        if not self.state.stage:
+            self.fit(Stage("classifier", 0, self.classifier, self.config.max_train_steps))
+        return load_part(FeatureClassifier, self.output_dir)
 
     def made_by(self) -> dict[str, Any]:
         """Also by this network."""

@@ -59,6 +59,11 @@ class TrainingConfig:
     )
     channels_last: bool = option(False, "Lay out convolutions channels-last, which some GPUs are faster with.")
     ema_decay: float = option(0.0, "Decay of the moving average of the weights, which is what is saved; 0 keeps none.")
+    ema_ramp: bool = option(
+        True,
+        "Let the moving average forget the first weights: its decay at step s is at most (1 + s) / (10 + s), 0.978 at "
+        "400. False: `ema_decay` from the first step on, as the authors do.",
+    )
     random_flip: bool = option(False, "Mirror each image with probability 1/2.")
     dataloader_num_workers: int = option(0, "Processes that decode images; not needed for data that fit in memory.")
     seed: int = option(0, "Seed of everything random.")

@@ -16,6 +16,7 @@ from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.config import DiffusionConfig
 from diffusers_rcfd.trainers.generator import GeneratorTrainer, check_images_fit
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage, data_name
 
 
@@ -52,11 +53,9 @@ class DiffusionTrainer(GeneratorTrainer):
 
     def run(self) -> RCFDPipeline:
         """Train the base model, the only stage; it is saved to `output_dir` and returned."""
-        if self.state.stage:
-            return RCFDPipeline.from_pretrained(str(self.output_dir))
-        stage = Stage("base", 0, self.unet, self.config.max_train_steps)
-        self.fit(stage)
-        return RCFDPipeline(stage.model, self.scheduler)
+        if not self.state.stage:
+            self.fit(Stage("base", 0, self.unet, self.config.max_train_steps))
+        return load_part(RCFDPipeline, self.output_dir)
 
     def draw(self, stage: Stage, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Noise, noise levels t uniform on 0..T, and which images to mirror."""

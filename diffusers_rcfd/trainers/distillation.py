@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
@@ -16,11 +17,13 @@ from diffusers_rcfd.distillation.terms import View, loss_terms, whole_batch
 from diffusers_rcfd.evaluation.evaluator import Evaluator
 from diffusers_rcfd.models.denoiser import Denoiser
 from diffusers_rcfd.models.feature_classifier import FeatureClassifier
+from diffusers_rcfd.models.fingerprints import fingerprint_weights
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.trainers.config import DistillationConfig
 from diffusers_rcfd.trainers.fast_networks import freeze
 from diffusers_rcfd.trainers.generator import GeneratorTrainer
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage
 from diffusers_rcfd.validation import require
 
@@ -94,6 +97,20 @@ class DistillationTrainer(GeneratorTrainer):
         self.classifier = classifier
         self.lpips = lpips
 
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the networks that a run is made by, as they are before it begins."""
+        networks = {"teacher": self.teacher.unet, "classifier": self.classifier, "lpips": self.lpips,
+                    "student": getattr(self, "student", None)}  # fmt: skip
+        return {name: fingerprint_weights(network) for name, network in networks.items()
+                if isinstance(network, torch.nn.Module)}  # fmt: skip
+
+    def made_by(self) -> dict[str, Any]:
+        """Also by the weights of these networks."""
+        made_by = super().made_by()
+        made_by["fingerprints"] |= self.fingerprints
+        return made_by
+
     # --- what a distiller gives -----------------------------------------------------------------------------------
 
     def pairs(self, stage: Distillation, batch: dict[str, torch.Tensor]) -> Iterator[Pair]:
@@ -165,7 +182,7 @@ class DistillationTrainer(GeneratorTrainer):
         judge, results = evaluator or self.evaluator, {}
         require(judge is not None, "evaluator", None, "given, here or to the trainer")
         for name, folder, N in self.students():
-            student = RCFDPipeline.from_pretrained(str(folder)).to(self.accelerator.device)
+            student = load_part(RCFDPipeline, folder).to(self.accelerator.device)
             result = judge.evaluate_pipeline(student, num_images, N, progress=False)
             results[N] = result.to_dict()
             self.write_metrics({"stage": name, "num_inference_steps": N, **result.named_values})

@@ -11,9 +11,12 @@ from torchvision.utils import save_image
 from diffusers_rcfd.evaluation.evaluator import EvaluationResult, Evaluator
 from diffusers_rcfd.hub.model_card import TrainingRecord, describe_generator, read_evaluations, write_model_card
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
+from diffusers_rcfd.saving import write_json
 from diffusers_rcfd.trainers.batches import derived_seed
-from diffusers_rcfd.trainers.checkpoints import EVALUATION_FILE, write_json
+from diffusers_rcfd.trainers.checkpoints import EVALUATION_FILE
 from diffusers_rcfd.trainers.config import GeneratorConfig
+from diffusers_rcfd.trainers.made_files import note_made, seal_made
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage, Trainer
 
 COLLAPSED = 0.05  # share of the teacher's variety
@@ -65,9 +68,10 @@ class GeneratorTrainer(Trainer):
             self.state.best = score
         if self.accelerator.is_main_process:
             if is_best:
+                note_made(self.output_dir, models=[f"best/{stage.name}"])
                 pipeline.save_pretrained(self._best_folder(stage))
             if is_best or not self.config.load_best_model_at_end:
-                self.record_evaluation(pipeline.scheduler.num_inference_steps, result)
+                self.record_evaluation(num_inference_steps or pipeline.scheduler.num_inference_steps, result)
         self.accelerator.wait_for_everyone()
 
     def _prepare(self, stage: Stage):
@@ -79,13 +83,15 @@ class GeneratorTrainer(Trainer):
         """Put the best weights into the model of a stage that is done, where that is asked for."""
         stage.model.disable_gradient_checkpointing()
         if self.config.load_best_model_at_end:
-            best = RCFDPipeline.from_pretrained(str(self._best_folder(stage)))
+            best = load_part(RCFDPipeline, self._best_folder(stage))
             stage.model.load_state_dict(best.unet.state_dict())
 
     def record_evaluation(self, num_inference_steps: int, result: EvaluationResult) -> None:
         """Note a result in `evaluation.json`, where the model cards find it."""
         path = self.output_dir / EVALUATION_FILE
+        note_made(self.output_dir, files=[EVALUATION_FILE])
         write_json(path, read_evaluations(path) | {num_inference_steps: result.to_dict()})
+        seal_made(self.output_dir)
 
     def write_metrics(self, values: dict[str, Any]) -> None:
         """As `Trainer` does; with "collapsed" where `spread` is measured: 1 for a small share of the teacher's."""

@@ -13,16 +13,19 @@ ECHO_SECONDS = 1.0
 
 
 class Interruption:
-    """Within this context SIGTERM and SIGINT are noted, for the training loop to obey; a second one is obeyed at once.
+    """Note SIGTERM and SIGINT within this context, for the training loop to obey; a second one is obeyed at once.
 
     A launcher passes on a signal that the cluster or terminal sent to each process as well: one that comes within
-    `ECHO_SECONDS` of the first is the same request. Outside the main thread, which alone may, nothing is installed.
+    `ECHO_SECONDS` of the first is the same request. Signals are noted in the main thread alone, as Python allows.
 
     Attributes: `signal`, the number of the signal that was noted, or 0.
     """
 
     def __init__(self):
-        self.signal, self._since, self._process, self._earlier = 0, 0.0, os.getpid(), {}
+        self.signal = 0
+        self._since = 0.0
+        self._process = os.getpid()
+        self._earlier = {}
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -40,18 +43,19 @@ class Interruption:
             if number == signal.SIGTERM:
                 raise SystemExit(128 + number)
         elif not self.signal:
-            self.signal, self._since = number, time.monotonic()
+            self.signal = number
+            self._since = time.monotonic()
         elif time.monotonic() - self._since > ECHO_SECONDS:
             raise SystemExit(128 + number)
 
     def notice_dead_workers_late(self) -> None:
-        """Let a data loader find that a worker died when it waits for it, not in the middle of a step."""
+        """Let a data loader notice a dead worker when it waits for it, not in the middle of a step."""
         if signal.SIGTERM in self._earlier and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Processes that agree through the host, so that no GPU is waited for; None of a single one."""
+    """Group of all processes that talks through the host, so that no GPU is waited for; None for a single one."""
     return dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
 

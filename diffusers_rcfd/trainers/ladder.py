@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.distillation import Distillation, DistillationTrainer, Guides, LPIPSDistance, to_student
 from diffusers_rcfd.trainers.generator import check_images_fit
-from diffusers_rcfd.trainers.ladder_config import CFDDistillationConfig
+from diffusers_rcfd.trainers.ladder_config import PER_RUNG, CFDDistillationConfig
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage, data_name
 from diffusers_rcfd.validation import require
 
@@ -55,6 +56,8 @@ class CFDDistillationTrainer(DistillationTrainer):
         ```
     """
 
+    described_elsewhere = (*PER_RUNG, "student_steps", "preset")
+
     def __init__(
         self,
         teacher: RCFDPipeline,
@@ -79,7 +82,13 @@ class CFDDistillationTrainer(DistillationTrainer):
     def made_by(self) -> dict[str, Any]:
         """Also by this network and these rungs."""
         ladder = [f"{rung.student_steps} steps from {rung.teacher_steps} by {rung.objective}" for rung in self.rungs]
-        return super().made_by() | self._architecture | {"ladder": ladder}
+        made_by = super().made_by() | self._architecture | {"ladder": ladder, "source": self.config.source}
+        made_by["rungs"] = [asdict(rung) for rung in self.rungs]
+        return made_by
+
+    def folder_of(self, stage: Stage) -> Path:
+        """Its own folder, `output_dir/N-step`."""
+        return self.output_dir / stage.name
 
     def run(self) -> RCFDPipeline:
         """Climb down the ladder; each student is saved as `output_dir/N-step`, and the last one is returned."""
@@ -90,11 +99,9 @@ class CFDDistillationTrainer(DistillationTrainer):
 
     def distil(self, index: int, teacher: RCFDPipeline, guides: Guides) -> RCFDPipeline:
         """The student of a rung, distilled from its teacher, or loaded where it was finished before."""
-        if index < self.state.stage:
-            return RCFDPipeline.from_pretrained(str(self.output_dir / self.rungs[index].name))
-        stage = self.begin_rung(index, teacher, guides)
-        self.fit(stage)
-        return RCFDPipeline(stage.model, stage.scheduler)
+        if index >= self.state.stage:
+            self.fit(self.begin_rung(index, teacher, guides))
+        return load_part(RCFDPipeline, self.output_dir / self.rungs[index].name)
 
     def begin_rung(self, index: int, teacher: RCFDPipeline, guides: Guides) -> RungStage:
         """The student of a rung at its start, a copy of its teacher, with what it learns from."""
@@ -130,12 +137,12 @@ class CFDDistillationTrainer(DistillationTrainer):
 
     def finish_stage(self, stage: Stage) -> None:
         """Save the student of this rung."""
-        RCFDPipeline(stage.model, stage.scheduler).save_pretrained(self.output_dir / stage.name)
+        RCFDPipeline(stage.model, stage.scheduler).save_pretrained(self.folder_of(stage))
 
     def students(self) -> list[tuple[str, Path, int]]:
-        """The rungs that are finished."""
-        folders = [(rung.name, self.output_dir / rung.name, rung.student_steps) for rung in self.rungs]
-        return [student for student in folders if (student[1] / "model_index.json").is_file()]
+        """The rungs whose students this run has made."""
+        made = self.rungs[: self.state.stage]
+        return [(rung.name, self.output_dir / rung.name, rung.student_steps) for rung in made]
 
     def published_folders(self) -> list[tuple[Path, str | None]]:
         """Each finished student on a branch named like its folder, "4-step", and the last of them on `main`."""

@@ -24,6 +24,7 @@ from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.schedulers.trajectories import nearest_indices, rho_nodes, subdivide
 from diffusers_rcfd.trainers.checkpoints import architecture
 from diffusers_rcfd.trainers.distillation import Distillation, DistillationTrainer, LPIPSDistance, to_student
+from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.sfd_config import SFDDistillationConfig
 from diffusers_rcfd.trainers.trainer import Stage
 from diffusers_rcfd.validation import require
@@ -184,11 +185,9 @@ class SFDDistillationTrainer(DistillationTrainer):
 
     def run(self) -> RCFDPipeline:
         """Train the student, the only stage; it is saved to `output_dir` and returned."""
-        if self.state.stage:
-            return RCFDPipeline.from_pretrained(str(self.output_dir))
-        stage = self.begin()
-        self.fit(stage)
-        return RCFDPipeline(stage.model, stage.scheduler)
+        if not self.state.stage:
+            self.fit(self.begin())
+        return load_part(RCFDPipeline, self.output_dir)
 
     def begin(self) -> TrajectoryStage:
         """The student at its start, a copy of its teacher, with what it learns from."""

@@ -6,15 +6,14 @@ of B / p draw what one process with batches of B draws.
 """
 
 import copy
+import io
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +26,36 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from diffusers_rcfd.data.datasets import as_image_dataset
-from diffusers_rcfd.hub.publishing import list_model_files, open_repository, publish_files, read_card
+from diffusers_rcfd.hub.publishing import CARD_FILES, list_model_files, open_repository, publish_files, read_card
+from diffusers_rcfd.saving import write_whole
 from diffusers_rcfd.trainers.accelerators import build_accelerator, use_state_of
 from diffusers_rcfd.trainers.batches import derived_seed, endless_batches
 from diffusers_rcfd.trainers.checkpoints import (
     METRICS_FILE,
     STATE_FILE,
     TrainerState,
+    find_changes,
+    full_tensor,
     load_checkpoint,
     open_output_dir,
     read_state,
     save_checkpoint,
-    whole,
     window_of,
-    write_json,
 )
 from diffusers_rcfd.trainers.config import TrainingConfig
 from diffusers_rcfd.trainers.fast_networks import compile_network, set_memory_format
 from diffusers_rcfd.trainers.interruption import Interruption, host_group, largest_of_all
+from diffusers_rcfd.trainers.lock import lock_folder
+from diffusers_rcfd.trainers.made_files import note_made, seal_made
 from diffusers_rcfd.trainers.optimization import (
     average_step,
     backward,
     begin_momentum,
     build_optimizer,
+    check_mixed_precision,
     clip_gradients,
 )
+from diffusers_rcfd.trainers.run_record import PLACES, RUN_FILE, describe_environment, describe_options, record_run
 from diffusers_rcfd.trainers.skipped_steps import SkippedSteps, means_of_taken
 
 
@@ -86,11 +90,14 @@ class Trainer:
             "labels"}`, such as `load_image_data` returns; None where `draw` gives all that the loss needs.
     """
 
+    described_elsewhere: tuple[str, ...] = ()  # options that `made_by` describes by other names
+
     def __init__(self, config: TrainingConfig, train_dataset: Dataset | None):
         train_dataset = None if train_dataset is None else as_image_dataset(train_dataset)
         self.config, self.train_dataset = config, train_dataset
         self.output_dir = Path(config.output_dir)
         self.accelerator = build_accelerator(config)
+        check_mixed_precision(self.accelerator)
         self.state = TrainerState()
         self.repo_id = None
         self.checkpoint = None  # the last one written, or resumed from
@@ -121,7 +128,16 @@ class Trainer:
             made_by["engine"] = accelerator.distributed_type.value
         if sharded or isinstance(self.train_dataset, IterableDataset):
             made_by["num_processes"] = accelerator.num_processes
+        device = accelerator.device.type
+        made_by |= describe_options(self.config, accelerator.num_processes, device, self.described_elsewhere)
+        if isinstance(self.train_dataset, IterableDataset):  # whose workers share the shards
+            made_by["options"]["dataloader_num_workers"] = self.config.dataloader_num_workers
+        made_by["fingerprints"] = {"data": getattr(self.train_dataset, "fingerprint", None)}
         return made_by
+
+    def folder_of(self, stage: Stage) -> Path:
+        """Where the model of a stage is saved."""
+        return self.output_dir
 
     def draw(self, stage: Stage, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The random numbers that a loss needs for a batch, each (batch_size, ...), by name."""
@@ -166,18 +182,24 @@ class Trainer:
             OSError: if a checkpoint or a result cannot be written; the checkpoints before are whole.
             SystemExit: with 128 + 15 or 128 + 2, after SIGTERM or SIGINT; a checkpoint is saved first.
         """
+        with lock_folder(self.output_dir, self.accelerator):
+            return self._train()
+
+    def _train(self) -> Any:
         use_state_of(self.accelerator)
         checkpoint = self.checkpoint = open_output_dir(self.accelerator, self.config, self.made_by())
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.open_repository()  # a wrong token is found now, not after days
         if checkpoint is not None:
             self.state = read_state(checkpoint)
-        self._record_run()
+        self._record_run({} if checkpoint is None else find_changes(checkpoint, self.made_by()))
         began = time.perf_counter() - self.state.seconds
         self._seconds = lambda: time.perf_counter() - began
         self._host_group = host_group(self.accelerator)
         with Interruption() as self._interruption:
             result = self.run()
+            if self.accelerator.is_main_process:
+                seal_made(self.output_dir)
             if self._interruption.signal:
                 raise SystemExit(128 + self._interruption.signal)
         if self.config.push_to_hub and self.accelerator.is_main_process:
@@ -198,7 +220,7 @@ class Trainer:
             unit="step",
             **({} if accelerator.is_local_main_process else {"disable": True}),  # else TQDM_DISABLE is respected
         )
-        skipped = SkippedSteps(config.max_skipped_steps, accelerator.scaler)
+        skipped = SkippedSteps(config.max_skipped_steps, accelerator.scaler, state.skipped_in_a_row, state.taken)
         window = window_of(state, accelerator.process_index, accelerator.num_processes)
         sums = {name: torch.tensor(value, device=accelerator.device) for name, value in window.items()}
         while state.step < stage.max_train_steps:
@@ -220,9 +242,11 @@ class Trainer:
                     self.evaluate_model(stage)
             if config.sample_steps and (state.step % config.sample_steps == 0 or last):
                 self._save_samples(stage)
+            state.skipped_in_a_row, state.taken = skipped.in_a_row, skipped.taken
             if config.checkpointing_steps and state.step % config.checkpointing_steps == 0 and not last:
                 self._save_checkpoint(stage, sums)
         bar.close()
+        skipped.check_end(f"the end of {stage.name}", self.checkpoint)
         self._end_stage(stage)
 
     def _prepare(self, stage: Stage):
@@ -279,7 +303,7 @@ class Trainer:
         lr_scheduler.step()
         if stage.ema is not None:
             taken = torch.stack([terms["grad_norm"].isfinite() for terms in steps]).any()
-            average_step(stage.ema, list(self.unwrap(stage.model).parameters()), taken)
+            average_step(stage.ema, list(self.unwrap(stage.model).parameters()), taken, self.config.ema_ramp)
         return steps
 
     def _optimizer_step(self, stage: Stage, losses: list[Callable], optimizer) -> dict[str, torch.Tensor]:
@@ -342,23 +366,23 @@ class Trainer:
             from torchvision.utils import save_image
 
             folder = self.output_dir / "samples"
+            name = f"{stage.name}-{self.state.step:07d}.png"
+            note_made(self.output_dir, files=[f"samples/{name}"])
             folder.mkdir(exist_ok=True)
-            path = folder / f"{stage.name}-{self.state.step:07d}.png"
-            save_image(images, path, nrow=max(1, int(len(images) ** 0.5)), padding=1)
+            save_image(images, picture := io.BytesIO(), nrow=max(1, int(len(images) ** 0.5)), padding=1, format="png")
+            write_whole(folder / name, picture.getvalue())
 
-    def _record_run(self) -> None:
+    def _record_run(self, changes: dict[str, tuple]) -> None:
         """The resolved options and the environment, as `run.json` and for the trackers."""
-        packages = ("torch", "diffusers", "accelerate", "transformers", "datasets", "timm")
         record = {
-            "config": {key: value for key, value in asdict(self.config).items() if key != "hub_token"},
+            "config": {key: value for key, value in asdict(self.config).items() if key not in PLACES},
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device.type),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages},
+            **describe_environment(self.accelerator),
+            "fingerprints": self.made_by()["fingerprints"],
         }
         if self.accelerator.is_main_process:
-            write_json(self.output_dir / "run.json", record)
+            note_made(self.output_dir, files=[RUN_FILE])
+            record_run(self.output_dir, record, self.state.global_step, changes)
         simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in record["config"].items()}
         if self.config.report_to != "none":
             self.accelerator.init_trackers("diffusers_rcfd", config=simple)
@@ -397,6 +421,8 @@ class Trainer:
         token, address = self.config.hub_token, None
         for folder, revision in self.published_folders():
             self.create_model_card(folder, read_card(self.repo_id, token, revision))
+            cards = [(folder / name).relative_to(self.output_dir) for name in CARD_FILES if (folder / name).is_file()]
+            note_made(self.output_dir, files=[name.as_posix() for name in cards])
             files = list_model_files(folder)
             address = publish_files(folder, files, self.repo_id, revision, token, commit_message)
         return address
@@ -409,7 +435,7 @@ class Trainer:
             stage.ema.copy_to(self.unwrap(stage.model).parameters())
         model = self.accelerator.unwrap_model(stage.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         if stage.unsharded is not None:
-            stage.unsharded.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+            stage.unsharded.load_state_dict({name: full_tensor(value) for name, value in model.state_dict().items()})
             model = stage.unsharded.to(self.accelerator.device)
         stage.model = model.eval().to(memory_format=torch.contiguous_format)
         stage.ema = None
@@ -418,20 +444,23 @@ class Trainer:
         self.state.seconds = self._seconds()
         if self.accelerator.is_main_process:
             try:
+                note_made(self.output_dir, models=[self.folder_of(stage).relative_to(self.output_dir).as_posix()])
                 self.finish_stage(stage)
             except (OSError, SafetensorError) as error:  # a full disk
                 raise OSError(
                     f"{stage.name} could not be saved in {self.output_dir}; its checkpoints are whole: {error}"
                 ) from error
-            if self.config.push_to_hub and self.config.hub_strategy != "end":
-                self.push_to_hub()
-        self.accelerator.wait_for_everyone()
         self.state.stage, self.state.step, self.state.best, self.state.streams = stage.index + 1, 0, None, []
+        self.state.skipped_in_a_row, self.state.taken = 0, 0
+        if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy != "end":
+            self.push_to_hub()
+        self.accelerator.wait_for_everyone()
         self._save_checkpoint(stage, {})  # small: that the stage is done
 
     def _save_checkpoint(self, stage: Stage, sums: dict[str, torch.Tensor]) -> None:
         """Save where the run stands, with the sums of the loss terms since the last line of metrics."""
         self.state.seconds = self._seconds()
+        self.state.skipped_in_a_row, self.state.taken = int(self.state.skipped_in_a_row), int(self.state.taken)
         self.state.windows = [{name: value.item() for name, value in sums.items()}] * self.accelerator.num_processes
         self.checkpoint = save_checkpoint(self.accelerator, self.state, stage.ema, self.config, self.made_by())
         if self.accelerator.is_main_process and self.config.push_to_hub and self.config.hub_strategy == "checkpoint":
