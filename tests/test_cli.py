@@ -13,6 +13,7 @@ import yaml
 from diffusers_rcfd.__main__ import COMMANDS, load_command, main
 from diffusers_rcfd.cli.job import FIRST
 from diffusers_rcfd.cli.options import RECIPES
+from tests.toys import tiny_teacher
 
 ROOT = Path(__file__).parent.parent
 RECIPE_FILES = [path for path in sorted(RECIPES.glob("*/*.yaml")) if path.parent.name != "ablations"]
@@ -71,7 +72,7 @@ def test_examples_of_the_help_can_be_pasted(command, capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name, args in examples:
         for word in args:
-            if word.endswith(".pt"):  # the checkpoint to convert must be there
+            if word.endswith((".pt", ".safetensors")):  # the checkpoint to convert must be there
                 Path(word).parent.mkdir(parents=True, exist_ok=True)
                 Path(word).touch()
         load_command(name).read_options(args)
@@ -83,9 +84,11 @@ def test_help_shows_what_people_set_first(command, capsys):
     first = page.partition("options to begin with:")[2].partition("\n\n")[0]
     assert re.findall(r"^  --(\w+)", first, re.MULTILINE) == ["config", *FIRST] and len(FIRST) == 9
     headings = re.findall(r"^(\S.*):$", page.partition("options:")[2], re.MULTILINE)
-    assert headings[-3:] == [
-        f"{name} that is trained here ({prefix}_*)"
-        for name, prefix in (("base model", "base"), ("classifier", "classifier"), ("evaluator", "evaluator"))
+    assert headings[-4:] == [
+        "base model that is trained here (base_*)",
+        "adoption of a teacher of another kind (adoption_*)",
+        "classifier that is trained here (classifier_*)",
+        "evaluator that is trained here (evaluator_*)",
     ]
 
 
@@ -134,3 +137,19 @@ def test_an_installation_brings_all_that_the_commands_read(tmp_path):
     run = [sys.executable, "-m", "diffusers_rcfd", "distill", "--config", "digits", "--temperature", "7"]
     done = subprocess.run(run, cwd=tmp_path / "library", env={"PATH": ""}, capture_output=True, text=True)
     assert "`temperature` must be in (0, 1], got 7.0" in done.stderr and done.returncode == 2
+
+
+def test_verify_names_a_flipped_bit(tmp_path, capsys):
+    tiny_teacher().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(tmp_path)])
+    assert ended.value.code == 0 and "is what was written" in capsys.readouterr().out
+    weights = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(tmp_path)])
+    assert ended.value.code == 1 and weights.name in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="`folder` must hold a run"):
+        main(["verify", str(tmp_path / "nothing")])
