@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from diffusers_rcfd import RCFDScheduler
 from diffusers_rcfd.data.config import DataConfig
+from diffusers_rcfd.distillation.objectives import OBJECTIVES
 from diffusers_rcfd.evaluation.config import METRICS, EvaluationConfig
 from diffusers_rcfd.schedulers.names import TEACHER_SOLVERS
 from diffusers_rcfd.schedulers.noise_schedules import BETA_SCHEDULES
@@ -21,8 +22,8 @@ from diffusers_rcfd.trainers.config import (
     ClassifierConfig,
     DiffusionConfig,
 )
-from diffusers_rcfd.trainers.ladder_config import LOSS_PRESETS, OBJECTIVES, CFDDistillationConfig
-from diffusers_rcfd.trainers.sfd_config import SFD_OBJECTIVES, SFDDistillationConfig
+from diffusers_rcfd.trainers.ladder_config import LOSS_PRESETS, CFDDistillationConfig
+from diffusers_rcfd.trainers.sfd_config import SFDDistillationConfig
 from diffusers_rcfd.validation import to_number
 
 WORDS = st.text(max_size=8)
@@ -58,7 +59,7 @@ NOT_TRUE_OR_FALSE = st.none() | WORDS | st.floats() | st.integers() | THINGS
 NOT_TEXT = st.integers() | st.floats() | st.booleans() | THINGS | st.lists(WORDS, max_size=2)
 
 COUNTS_FROM = {  # field: smallest value
-    "train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "num_sample_images": 1,
+    "train_batch_size": 1, "logging_steps": 1, "num_sample_images": 1,
     "max_skipped_steps": 1, "checkpoints_total_limit": 1, "lr_warmup_steps": 0, "dataloader_num_workers": 0,
     "seed": 0, "sample_steps": 0, "eval_steps": 0, "checkpointing_steps": 0, "max_train_steps": 1,
     "eval_num_images": 2, "sample_inference_steps": 1, "random_crop_padding": 0, "num_images": 2,
@@ -73,7 +74,7 @@ NUMBERS = {
     "beta_start": lambda x: 0 < x <= 0.02, "beta_end": lambda x: 0.0001 <= x < 1,
 }  # fmt: skip
 CHOICES = {
-    "lr_scheduler": LR_SCHEDULERS, "optimizer": OPTIMIZERS, "mixed_precision": MIXED_PRECISIONS,
+    "lr_scheduler": LR_SCHEDULERS, "optimizer": OPTIMIZERS,
     "hub_strategy": HUB_STRATEGIES, "loss_weighting": WEIGHTINGS, "best_metric": METRICS,
     "distribution": ("features", "predictions"), "prediction_type": PREDICTION_TYPES, "beta_schedule": BETA_SCHEDULES,
 }  # fmt: skip
@@ -90,7 +91,7 @@ OF_SFD = {  # whose options are of one model, not of a rung each
     "solver_order": not_an_integer_from(1) | st.integers(4),
     "max_train_steps": never_none(not_an_integer_from(1) | lists_with(st.integers(1))),
     "teacher_steps": never_none(lists_with(not_an_integer_from(1)) | st.just([]) | st.just([4, 4])),
-    "objective": never_none(none_of(SFD_OBJECTIVES)),
+    "objective": never_none(none_of(OBJECTIVES)),
     "teacher_solver": never_none(none_of(TEACHER_SOLVERS)),
     "nodes": st.lists(st.floats(0.01, 90), max_size=4).filter(lambda x: len(x) < 3 or sorted(set(x))[::-1] != x)
     | lists_with(not_a_number(lambda x: False)) | WORDS | st.floats() | THINGS,
@@ -100,6 +101,10 @@ OTHERS = {
     "resolution": not_an_integer_from(1),
     "metrics": never_none(lists_with(none_of(METRICS)) | st.just([]) | NOT_TEXT | none_of(METRICS)),
     "preset": none_of(LOSS_PRESETS, "none", ""),
+    "gradient_accumulation_steps": not_an_integer_from(1),
+    "mixed_precision": none_of(MIXED_PRECISIONS, "off", "false"),
+    "terms": lists_with(WORDS.filter(lambda word: "=" not in word) | st.integers()) | st.just(["l1=-1"]),
+    "judges": lists_with(st.integers() | st.booleans() | THINGS) | st.integers() | st.booleans() | THINGS,
     "feature_stages": lists_with(st.floats() | st.booleans() | WORDS | THINGS) | st.just([]) | st.floats(),
     "student_steps": never_none(
         lists_with(not_an_integer_from(1)) | st.just([])

@@ -28,8 +28,8 @@ from diffusers.utils.logging import disable_propagation, enable_propagation
 from diffusers_rcfd import RCFDPipeline, RCFDScheduler
 from diffusers_rcfd.models.adoption import adopt_unet, find_index, log_ratio, needs_adoption
 from diffusers_rcfd.models.edm import from_edm
-from diffusers_rcfd.schedulers.names import PREDICTION_TYPES
 from diffusers_rcfd.schedulers.noise_schedules import cosine_betas, prediction_coefficients
+from diffusers_rcfd.schedulers.scheduling_rcfd import PREDICTION_TYPES
 from tests.toys import tiny_unet
 
 LEVELS = (0, 1, 37, 500, 803, 1000, 1024)

@@ -166,9 +166,9 @@ def test_full_disk_is_an_error_and_the_checkpoint_before_goes_on(tmp_path, digit
     run = base(tmp_path / "run", digits)
     save, sizes = run._save_checkpoint, iter((None, 20_000))
 
-    def save_while_the_disk_fills(sums):
+    def save_while_the_disk_fills(stage, sums):
         with largest_file(next(sizes)):
-            save(sums)
+            save(stage, sums)
 
     run._save_checkpoint = save_while_the_disk_fills
     with pytest.raises(OSError, match="checkpoint-2 could not be written, the checkpoints before it are whole: "):

@@ -568,7 +568,7 @@ def test_batches_of_different_sizes_are_an_error():
         ({"batch_size": 0}, ValueError, "`batch_size`.*got 0"),
         ({"seed": 1.5}, ValueError, "`seed`.*got 1.5"),
         ({"extractor": "resnet18"}, TypeError, "`extractor`"),
-        ({"reference": [1, 2]}, TypeError, "`reference`.*image_shape"),
+        ({"reference": [1, 2]}, TypeError, r"`reference\[0\]` must be a PIL image"),
         ({"extractor": TinyClassifier(backbone=None)}, ValueError, "`name`.*config.backbone"),
     ],
 )

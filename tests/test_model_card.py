@@ -206,6 +206,15 @@ def test_cards_of_trainers_are_those_of_0_1(tmp_path):
     assert card_of(trainer) == as_before("trained-classifier")
 
 
+def test_card_of_a_student_whose_stock_form_is_not_exact_shows_the_call_that_is():
+    """Stock DDIM has no 4-step grid of 1000 entries that ends at 0."""
+    for entries, exact in ((1000, False), (1025, True)):
+        student = RCFDPipeline(tiny_unet(), RCFDScheduler(entries, num_inference_steps=4))
+        card = str(create_model_card(describe_generator(student, "anna/four")))
+        assert ("use_clipped_model_output=True" in card) == exact
+        assert ("custom_pipeline=repo" in card) != exact
+
+
 # --- what a card says ------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from diffusers_rcfd import RCFDScheduler
-from diffusers_rcfd.distillation.targets import ddim_target
+from diffusers_rcfd.distillation.ladder import ddim_target
 from diffusers_rcfd.schedulers.trajectories import (
     analytical_first_step,
     dynamic_threshold,

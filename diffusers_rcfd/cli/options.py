@@ -295,10 +295,6 @@ def _read_value(name: str, value: Any, field: dataclasses.Field, kind: Any) -> A
         value = [f"{key}={_read_part(name, part, str)}" for key, part in value.items()]
     if listed:
         return [_read_part(name, part, kind) for part in (value if isinstance(value, list) else [value])]
-    if (
-        field.default == "no" and isinstance(value, str) and value.lower() in NO
-    ):  # `off`, too, is a "no" where that is a choice
-        return "no"
     return _read_part(name, value, kind)
 
 

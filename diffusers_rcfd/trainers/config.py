@@ -126,6 +126,8 @@ class TrainingConfig:
         """Fill in what is unset and `accelerate launch`, its config file or the environment says."""
         if self.mixed_precision is None:
             self.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.mixed_precision.lower() in ("off", "false"):  # what YAML means by `no`
+            self.mixed_precision = "no"
         if self.gradient_accumulation_steps is None:
             steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
             self.gradient_accumulation_steps = int(steps) if steps.isdecimal() else steps

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.utils import logging
 from torch.utils.data import Dataset
 
 from diffusers_rcfd.distillation.objectives import Objective
@@ -20,12 +21,15 @@ from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.models.fingerprints import fingerprint_weights
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
+from diffusers_rcfd.trainers.adoption_config import PARAMETRISATIONS
 from diffusers_rcfd.trainers.config import DistillationConfig
 from diffusers_rcfd.trainers.fast_networks import freeze
 from diffusers_rcfd.trainers.generator import GeneratorTrainer
 from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.trainer import Stage
 from diffusers_rcfd.validation import require
+
+logger = logging.get_logger(__name__)
 
 LPIPSDistance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -212,6 +216,16 @@ def as_pipeline(teacher: DiffusionPipeline) -> RCFDPipeline:
     pipeline = RCFDPipeline(teacher.unet, teacher.scheduler)
     pipeline.register_to_config(_name_or_path=teacher.name_or_path)
     return pipeline
+
+
+def warn_of_parametrisation(teacher: RCFDPipeline) -> None:
+    """Log that a teacher predicts what few steps cannot be distilled from."""
+    predicts = teacher.scheduler.config.prediction_type
+    if predicts not in PARAMETRISATIONS:
+        logger.warning(
+            f"`teacher` predicts {predicts!r}, whose error in x0 grows with the noise: students of few steps will be "
+            "poor. `AdoptionTrainer` makes a teacher of it that predicts v."
+        )
 
 
 def to_student(unet: UNet2DModel, name: str) -> UNet2DModel:

@@ -19,7 +19,14 @@ from diffusers_rcfd.models.feature_classifier import FeatureClassifier
 from diffusers_rcfd.pipelines.pipeline_rcfd import RCFDPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.trainers.checkpoints import architecture
-from diffusers_rcfd.trainers.distillation import Distillation, DistillationTrainer, Guides, LPIPSDistance, to_student
+from diffusers_rcfd.trainers.distillation import (
+    Distillation,
+    DistillationTrainer,
+    Guides,
+    LPIPSDistance,
+    to_student,
+    warn_of_parametrisation,
+)
 from diffusers_rcfd.trainers.generator import check_images_fit
 from diffusers_rcfd.trainers.ladder_config import PER_RUNG, CFDDistillationConfig
 from diffusers_rcfd.trainers.parts import load_part
@@ -70,6 +77,7 @@ class CFDDistillationTrainer(DistillationTrainer):
     ):
         config = config or CFDDistillationConfig()
         super().__init__(teacher, classifier, config, train_dataset, lpips, evaluator)
+        warn_of_parametrisation(self.teacher)
         scheduler = self.teacher.scheduler
         require(not scheduler.config.nodes, "teacher", scheduler.config.nodes, "on the uniform grid, without `nodes`")
         self.student = student

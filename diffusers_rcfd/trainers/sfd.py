@@ -23,7 +23,13 @@ from diffusers_rcfd.pipelines.trajectory_sampler import TrajectoryPipeline
 from diffusers_rcfd.schedulers.scheduling_rcfd import RCFDScheduler
 from diffusers_rcfd.schedulers.trajectories import nearest_indices, rho_nodes, subdivide
 from diffusers_rcfd.trainers.checkpoints import architecture
-from diffusers_rcfd.trainers.distillation import Distillation, DistillationTrainer, LPIPSDistance, to_student
+from diffusers_rcfd.trainers.distillation import (
+    Distillation,
+    DistillationTrainer,
+    LPIPSDistance,
+    to_student,
+    warn_of_parametrisation,
+)
 from diffusers_rcfd.trainers.parts import load_part
 from diffusers_rcfd.trainers.sfd_config import SFDDistillationConfig
 from diffusers_rcfd.trainers.trainer import Stage
@@ -85,6 +91,7 @@ class SFDDistillationTrainer(DistillationTrainer):
     ):
         config = config or SFDDistillationConfig()
         super().__init__(teacher, classifier, config, None, lpips, evaluator)
+        warn_of_parametrisation(self.teacher)
         scheduler = self.teacher.scheduler
         self.second_stage = bool(scheduler.config.nodes)
         if not self.second_stage and scheduler.config.num_inference_steps is not None:
