@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
@@ -26,7 +26,8 @@ from tests.fake_hub import ClientError, ClientProcess, FakeHub
 from tests.toys import tiny_classifier, tiny_teacher
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-PIPELINE_FILES = {"model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS}
+PIPELINE_FILES = {"model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS,
+                  "checksums.json"}  # fmt: skip
 RGB = (2 * 3 * 32 * 32, (2, 3, 32, 32))  # how many pixels, of which shape
 STOCK_CALL = {"num_inference_steps": 4, "use_clipped_model_output": True}
 
@@ -223,7 +224,7 @@ def test_pull_request_leaves_main_alone(hub, client):
 
 def test_classifier_is_published_and_loaded_by_both_loaders(hub, client):
     client(push_classifier, "anna/classifier")
-    published = {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
+    published = {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "checksums.json"}
     assert hub.files("anna/classifier").keys() == published
     torch.manual_seed(0)
     logits = tiny_classifier().eval()(torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)).logits.detach().numpy()
@@ -499,13 +500,6 @@ def latent(files):
     return {**files, "model_index.json": json.dumps(index).encode()}
 
 
-def flow(files):
-    index = json.loads(files["model_index.json"]) | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
-    config = FlowMatchEulerDiscreteScheduler().to_json_string()
-    changed = {"model_index.json": json.dumps(index).encode(), "scheduler/scheduler_config.json": config.encode()}
-    return {**files, **changed}
-
-
 def pickled(files):
     buffer = BytesIO()
     torch.save(tiny_teacher(4).unet.state_dict(), buffer)
@@ -526,7 +520,6 @@ BAD_MODELS = {
     "text-to-image": (text_to_image, "TypeError: `unet` must be a UNet2DModel, got UNet2DConditionModel"),
     "transformer": (without_unet, "ValueError: .*RCFDPipeline.*expected .*unet.* but only"),
     "latent": (latent, "ValueError: .*must be a pipeline of a unet and a scheduler.*LDMPipeline and has also: vqvae"),
-    "flow": (flow, "ValueError: `scheduler` must have betas.*FlowMatchEulerDiscreteScheduler cannot be converted"),
     "no-index": (without("model_index.json"), "model_index.json"),
 }
 

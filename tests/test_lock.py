@@ -103,12 +103,12 @@ def test_two_starts_at_once_are_one_run(tmp_path):
     first = trainer()
     compute_loss = first.compute_loss
 
-    def start_another(batch):
+    def start_another(*args):
         for options in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
             with pytest.raises(ValueError, match="`output_dir` must be free, .* in use by process") as refusal:
                 trainer(**options).train()
             refusals.append(refusal)
-        return compute_loss(batch)
+        return compute_loss(*args)
 
     first.compute_loss = start_another
     first.train()

@@ -238,6 +238,7 @@ def test_saving_again_replaces_what_was_there_and_keeps_the_rest(pipe, tmp_path)
     pipe.save_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "partial-save-killed/unet").mkdir(parents=True)  # left by a process that was killed in a save
+    (tmp_path / "partial-save-killed/checksums.json").write_text("{}")
     other = RCFDPipeline(pipe.unet, RCFDScheduler(num_inference_steps=2))
     other.save_pretrained(tmp_path, variant="second")
     assert RCFDPipeline.from_pretrained(tmp_path).scheduler.config.num_inference_steps == 2
@@ -307,7 +308,7 @@ def test_stock_form_is_of_images_whose_size_is_a_number(tmp_path, size):
     assert "custom_pipeline=repo" in card and "timesteps=" not in card
 
 
-@pytest.mark.parametrize("steps", [2.0, True, torch.tensor(2), 4])
+@pytest.mark.parametrize("steps", [2.0, True, 4])
 def test_number_of_evaluations_that_a_student_of_sfd_was_not_made_for(steps):
     with pytest.raises(ValueError, match=r"`num_inference_steps` must be one of \[2, 3\]"):
         tiny_sfd_student()(num_inference_steps=steps)

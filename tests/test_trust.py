@@ -69,9 +69,9 @@ def test_1_moving_average_keeps_no_graph(tmp_path, digits, kind):
     trained = run(kind, tmp_path, digits, ema_decay=0.9, checkpointing_steps=0)
     train_step = trained._train_step
 
-    def look(*args):
-        terms = train_step(*args)
-        seen.append([shadow.requires_grad for shadow in trained.ema.shadow_params])
+    def look(stage, *args):
+        terms = train_step(stage, *args)
+        seen.append([shadow.requires_grad for shadow in stage.ema.shadow_params])
         return terms
 
     trained._train_step = look
@@ -160,7 +160,7 @@ def test_2_overwriting_deletes_what_a_run_has_listed_and_nothing_else(tmp_path, 
 def test_2_start_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path, digits):
     """It has left records, samples and a model, all of which are listed."""
     killed = run("base", tmp_path, digits, checkpointing_steps=0, sample_steps=1, num_sample_images=4)
-    killed._save_checkpoint = lambda sums: (_ for _ in ()).throw(KeyboardInterrupt)
+    killed._save_checkpoint = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     assert (tmp_path / "unet").is_dir() and not find_checkpoints(tmp_path)
@@ -370,7 +370,7 @@ def test_11_moving_average_closed_form(ramp, decays):
 def test_11_ramp_is_an_option(tmp_path, digits):
     fast, slow = (run("base", tmp_path / str(ramp), digits, ema_decay=0.9999, ema_ramp=ramp).train()
                   for ramp in (True, False))  # fmt: skip
-    first = parameters(run("base", tmp_path / "first", digits).pipeline.unet)
+    first = parameters(run("base", tmp_path / "first", digits).unet)
     moved = [(parameters(pipe.unet) - first).abs().max() for pipe in (fast, slow)]
     assert moved[1] < 1e-2 * moved[0] and moved[1] > 0
 
@@ -379,8 +379,8 @@ def poison(trained):
     """The trainer, none of whose losses is finite."""
     compute_loss = trained.compute_loss
 
-    def multiply(batch):
-        terms = compute_loss(batch)
+    def multiply(*args):
+        terms = compute_loss(*args)
         return terms | {"loss": terms["loss"] * float("nan")}
 
     trained.compute_loss = multiply
