@@ -376,7 +376,7 @@ def test_stream_that_raises_leaves_a_checkpoint_and_names_itself(tmp_path):
 
 
 class Mortal(torch.utils.data.Dataset):
-    """Images whose reader dies at a certain one."""
+    """Images whose reader, a worker of the loader, dies at a certain one."""
 
     image_shape, num_classes, name = (1, 8, 8), 10, "mortal"
 
@@ -387,7 +387,7 @@ class Mortal(torch.utils.data.Dataset):
         return len(self.digits)
 
     def __getitem__(self, index):
-        if index == self.last:
+        if index == self.last and torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.digits[index]
 
@@ -399,6 +399,7 @@ def test_dead_worker_leaves_a_checkpoint_and_an_error(tmp_path, digits):
     with pytest.raises(RuntimeError, match="`train_dataset` mortal failed after step .*checkpoint-"):
         run.train()
     assert [path.name for path in find_checkpoints(tmp_path / "dead")] == [f"checkpoint-{run.state.step}"]
-    trainer(tmp_path / "dead", digits, resume_from_checkpoint="latest", **options).train()
-    trainer(tmp_path / "whole", digits, **options).train()
+    healthy = Mortal(digits, None)
+    trainer(tmp_path / "dead", healthy, resume_from_checkpoint="latest", **options).train()
+    trainer(tmp_path / "whole", healthy, **options).train()
     assert files(tmp_path / "whole/unet") == files(tmp_path / "dead/unet")
