@@ -17,6 +17,7 @@ from diffusers_rcfd.validation import to_integer
 
 IMAGE_KEYS = ("images", "image", "img", "pixel_values")
 LABEL_KEYS = ("labels", "label")
+PLAIN_KEYS = {"images", "labels"}
 ROUNDING = 0.01  # by which images may lie outside [-1, 1]; bfloat16 rounds by 0.004 there
 NUM_SAMPLES = 16  # images whose range is looked at before training
 NUM_HASHED = 256  # images that make the fingerprint
@@ -140,12 +141,12 @@ class ImageItems(Dataset):
             self._num_classes, self.class_names = whole._num_classes, whole.class_names
         self._whole = whole
         self._fingerprint = None
-        image, label = self._read([0])[0]
+        (image,), (label,) = self._read([0])
         self._shape = image.shape
         self.image_shape = tuple(image.shape)
         self.has_labels = label is not None
         if image.is_floating_point():
-            samples = [image.flatten() for image, _ in self._read(_spread(self.num_images, NUM_SAMPLES))]
+            samples = [image.flatten() for image in self._read(_spread(self.num_images, NUM_SAMPLES))[0]]
             self._check_range(torch.cat(samples), "images", all_images=self.num_images > 1)
 
     def __len__(self) -> int:
@@ -157,8 +158,7 @@ class ImageItems(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         indices = [int(index) for index in indices]
-        items = self._read(indices)
-        images = [image for image, _ in items]
+        images, labels = self._read(indices)
         if any(image.shape != self._shape for image in images):
             images = [self._fit_shape(image, index) for image, index in zip(images, indices, strict=True)]
         images = torch.stack(images)
@@ -166,17 +166,19 @@ class ImageItems(Dataset):
             self._check_range(images, f"images {indices}")
         if not self.has_labels:
             return {"images": images}
-        labels = [label for _, label in items]
         self._check_labels(indices, labels)
         return {"images": images, "labels": torch.tensor(labels)}
 
-    def _read(self, indices: list[int]) -> list[tuple[torch.Tensor, int | None]]:
-        """Read items, each as (uint8 or float32 (C, H, W), number or None)."""
+    def _read(self, indices: list[int]) -> tuple[list[torch.Tensor], list[int | None]]:
+        """Read items: images, each uint8 or float32 (C, H, W), and labels, each a number or None."""
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
         if isinstance(items, Mapping):  # a batch in place of a list of items
             items = [{key: values[i] for key, values in items.items()} for i in range(len(indices))]
-        return [self._read_item(item, index) for item, index in zip(items, indices, strict=True)]
+        if all(map(_is_plain, items)):  # dictionaries of tensors, as they are collated
+            return [item["images"] for item in items], torch.stack([item["labels"] for item in items]).tolist()
+        pairs = [self._read_item(item, index) for item, index in zip(items, indices, strict=True)]
+        return [image for image, _ in pairs], [label for _, label in pairs]
 
     def _read_item(self, item: Any, index: int) -> tuple[torch.Tensor, int | None]:
         try:
@@ -200,6 +202,9 @@ class ImageItems(Dataset):
         if None in labels:
             index = indices[labels.index(None)]
             raise ValueError(f"`{self.argument}` must hold a label for each image or for none, got none at {index}.")
+        if min(labels) < 0:
+            index = indices[labels.index(min(labels))]
+            raise TypeError(f"`{self.argument}[{index}]` must have an integer from 0 as its label, got {min(labels)}.")
         if self._num_classes is not None and max(labels) >= self._num_classes:
             allowed = f"labels in 0..{self._num_classes - 1}, as it has {self._num_classes} classes"
             raise ValueError(f"`{self.argument}` must hold {allowed}, got {max(labels)}.")
@@ -221,7 +226,7 @@ class ImageItems(Dataset):
         if self._num_classes is None and self._whole is not None:
             self._num_classes = self._whole.num_classes
         elif self._num_classes is None and self.has_labels:
-            self._num_classes = max(self._read([index])[0][1] for index in range(self.num_images)) + 1
+            self._num_classes = max(self._read([index])[1][0] for index in range(self.num_images)) + 1
         return self._num_classes
 
     @property
@@ -234,7 +239,7 @@ class ImageItems(Dataset):
             digest = hashlib.blake2b(digest_size=8)
             digest.update(repr((self.num_images, self.image_shape, self.class_names)).encode())
             for index in _spread(self.num_images, NUM_HASHED):
-                image, label = self._read([index])[0]
+                (image,), (label,) = self._read([index])
                 if torch.equal(image, self._read([index])[0][0]):
                     digest.update(image.contiguous().cpu().numpy())
                 digest.update(repr(label).encode())
@@ -260,6 +265,17 @@ def _find_name(dataset: Any) -> str:
 def _spread(length: int, number: int) -> list[int]:
     """Return up to so many indices, evenly spread over a length."""
     return sorted({round(i) for i in np.linspace(0, length - 1, min(length, number))})
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether an item is {"images": uint8 or float32 (C, H, W), "labels": int64 ()}, which needs no reading."""
+    if type(item) is not dict or item.keys() != PLAIN_KEYS:
+        return False
+    image, label = item["images"], item["labels"]
+    if type(image) is not torch.Tensor or type(label) is not torch.Tensor:
+        return False
+    plain = image.ndim == 3 and (image.dtype is torch.float32 or image.dtype is torch.uint8)
+    return plain and label.dtype is torch.int64 and label.ndim == 0
 
 
 def _divide(item: Any) -> tuple[Any, Any]:
