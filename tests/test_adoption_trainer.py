@@ -101,7 +101,7 @@ def test_flow_matching_teacher_becomes_one_that_predicts_v(tmp_path, digits):
     assert adopted.scheduler.config.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("command", ["distill", "sfd"])
+@pytest.mark.parametrize("command", ["distill", pytest.param("sfd", marks=pytest.mark.slow)])
 def test_jobs_adopt_a_teacher_of_another_kind(tmp_path, command):
     from importlib import import_module
 

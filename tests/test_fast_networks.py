@@ -167,7 +167,7 @@ def is_channels_last(network):
     return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
-@pytest.mark.parametrize("option", ["channels_last", "torch_compile"])
+@pytest.mark.parametrize("option", ["channels_last", pytest.param("torch_compile", marks=pytest.mark.slow)])
 def test_resumed_run_may_have_another_option(tmp_path, digits, option, monkeypatch):
     """Checkpoints hold plain weights."""
     monkeypatch.setattr(torch, "compile", eager_compile)

@@ -109,7 +109,9 @@ def gradients_of_one_batch(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "processes, accumulation", [(1, 4), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)], ids=str
+    "processes, accumulation",
+    [pytest.param(1, 4, marks=pytest.mark.slow), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_processes_and_accumulation_have_the_gradients_of_one_large_batch(
     tmp_path, gradients_of_one_batch, processes, accumulation
