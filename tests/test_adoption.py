@@ -29,14 +29,12 @@ from diffusers_rcfd import RCFDPipeline, RCFDScheduler
 from diffusers_rcfd.models.adoption import adopt_unet, find_index, log_ratio, needs_adoption
 from diffusers_rcfd.models.edm import from_edm
 from diffusers_rcfd.schedulers.noise_schedules import cosine_betas, prediction_coefficients
-from diffusers_rcfd.schedulers.scheduling_rcfd import PREDICTION_TYPES
 from tests.toys import tiny_unet
 
 LEVELS = (0, 1, 37, 500, 803, 1000, 1024)
 X0 = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 NOISE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(2))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-needs_flow = pytest.mark.skipif("flow_prediction" not in PREDICTION_TYPES, reason="RCFDScheduler has no flow")
 
 
 def config_of(scheduler):
@@ -234,7 +232,6 @@ def test_closed_form_of_continuous_euler():
     assert noisiest.config.prediction_type == "v_prediction"
 
 
-@needs_flow
 @torch.no_grad()
 def test_closed_form_of_flow_matching():
     unet = network(num_class_embeds=3)
