@@ -158,7 +158,12 @@ class ImageItems(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         indices = [int(index) for index in indices]
-        images, labels = self._read(indices)
+        items = self._fetch(indices)
+        batch = _stack_plain(items)
+        if batch is not None and batch["images"].shape[1:] == self._shape:
+            self._check_plain(indices, batch)
+            return batch
+        images, labels = self._read_items(items, indices)
         if any(image.shape != self._shape for image in images):
             images = [self._fit_shape(image, index) for image, index in zip(images, indices, strict=True)]
         images = torch.stack(images)
@@ -169,14 +174,19 @@ class ImageItems(Dataset):
         self._check_labels(indices, labels)
         return {"images": images, "labels": torch.tensor(labels)}
 
-    def _read(self, indices: list[int]) -> tuple[list[torch.Tensor], list[int | None]]:
-        """Read items: images, each uint8 or float32 (C, H, W), and labels, each a number or None."""
+    def _fetch(self, indices: list[int]) -> list[Any]:
+        """The items of the data set, as they are."""
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
         if isinstance(items, Mapping):  # a batch in place of a list of items
             items = [{key: values[i] for key, values in items.items()} for i in range(len(indices))]
-        if all(map(_is_plain, items)):  # dictionaries of tensors, as they are collated
-            return [item["images"] for item in items], torch.stack([item["labels"] for item in items]).tolist()
+        return items
+
+    def _read(self, indices: list[int]) -> tuple[list[torch.Tensor], list[int | None]]:
+        """Read items: images, each uint8 or float32 (C, H, W), and labels, each a number or None."""
+        return self._read_items(self._fetch(indices), indices)
+
+    def _read_items(self, items: list[Any], indices: list[int]) -> tuple[list[torch.Tensor], list[int | None]]:
         pairs = [self._read_item(item, index) for item, index in zip(items, indices, strict=True)]
         return [image for image, _ in pairs], [label for _, label in pairs]
 
@@ -197,6 +207,14 @@ class ImageItems(Dataset):
                 f"{self.image_shape} at 0: resize and crop them, and convert all to RGB, in its transform."
             )
         return image
+
+    def _check_plain(self, indices: list[int], batch: dict[str, torch.Tensor]) -> None:
+        """Check a batch of `_stack_plain` as a whole."""
+        if batch["images"].is_floating_point():
+            self._check_range(batch["images"], f"images {indices}")
+        low, high = batch["labels"].aminmax()
+        if low < 0 or (self._num_classes is not None and high >= self._num_classes):
+            self._check_labels(indices, batch["labels"].tolist())
 
     def _check_labels(self, indices: list[int], labels: list[int | None]) -> None:
         if None in labels:
@@ -267,15 +285,21 @@ def _spread(length: int, number: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, length - 1, min(length, number))})
 
 
-def _is_plain(item: Any) -> bool:
-    """Whether an item is {"images": uint8 or float32 (C, H, W), "labels": int64 ()}, which needs no reading."""
-    if type(item) is not dict or item.keys() != PLAIN_KEYS:
-        return False
-    image, label = item["images"], item["labels"]
-    if type(image) is not torch.Tensor or type(label) is not torch.Tensor:
-        return False
-    plain = image.ndim == 3 and (image.dtype is torch.float32 or image.dtype is torch.uint8)
-    return plain and label.dtype is torch.int64 and label.ndim == 0
+def _stack_plain(items: list[Any]) -> dict[str, torch.Tensor] | None:
+    """Collate {"images": uint8 or float32 (C, H, W), "labels": int64 ()}, which needs no reading; None for others."""
+    if set(map(type, items)) != {dict} or any(item.keys() != PLAIN_KEYS for item in items):
+        return None
+    columns = [[item[key] for item in items] for key in ("images", "labels")]
+    if any(set(map(type, column)) != {torch.Tensor} for column in columns):
+        return None
+    if any(len({value.dtype for value in column}) != 1 for column in columns):
+        return None
+    try:
+        images, labels = map(torch.stack, columns)
+    except RuntimeError:  # of different shapes
+        return None
+    plain = images.ndim == 4 and images.dtype in (torch.uint8, torch.float32) and images.device.type == "cpu"
+    return {"images": images, "labels": labels} if plain and labels.ndim == 1 and labels.dtype == torch.int64 else None
 
 
 def _divide(item: Any) -> tuple[Any, Any]:
